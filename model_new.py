@@ -74,17 +74,20 @@ namespace {
 // ---------------------------------------------------------------------------------------------
 constexpr int kVectorBytes = 16;      // one access of one thread
 constexpr int kMaxThreads = 512;      // 16 warps with 128 registers a thread fill a multiprocessor
-constexpr int kMaxSlots = 32;         // tiles in a block's ring
-constexpr int kChannelSlots = 16;     // channels that may be under way in a block
-constexpr int kMaxStatistics = 12;    // warps that sum
-constexpr int kMaxTeamPerLane = 8;    // blocks that one lane of an exchange warp listens to: teams of up to 256
-constexpr int kHeldPerTile = 2;       // vectors of a tile that a statistics thread can hold in registers
+constexpr int kMaxSlots = 32;         // tiles in a block's ring: more barriers take longer to set up than they win
+constexpr int kOverheadBytes = 6144;  // of shared memory, for all but the ring
+constexpr int kMaxTeamPerLane = 5;    // blocks that one lane of an exchange warp listens to: teams of up to 160
+constexpr int kAtOnce = 4;            // vectors that a lane has on their way from shared memory
+constexpr int kHoldThreads = 384;     // 12 warps with 168 registers a thread, for channels that the ring cannot hold:
+constexpr int kHeldTiles = 2;         // tiles that each statistics warp then keeps in registers ...
+constexpr int kHeldVectors = 15;      // ... of up to so many vectors a lane
 
 // ---------------------------------------------------------------------------------------------
 // The hardware: all that is not plain CUDA C++, each in one function
 // ---------------------------------------------------------------------------------------------
 using Barrier = uint64_t;             // an mbarrier in shared memory
 enum class Keep { kFirst, kLast };    // what L2 evicts first or last
+using Policy = uint64_t;              // the same, as a copy wants it
 
 struct alignas(16) Word {             // travels between blocks in one piece, so that a tag vouches for its value
   double value;
@@ -92,7 +95,6 @@ struct alignas(16) Word {             // travels between blocks in one piece, so
 };
 
 #ifdef __CUDACC__
-#include <cuda_awbarrier_primitives.h>
 
 __device__ unsigned char* dynamic_shared() {
   extern __shared__ __align__(128) unsigned char fused_batch_norm_shared[];
@@ -101,7 +103,51 @@ __device__ unsigned char* dynamic_shared() {
 
 __device__ unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
-__device__ void barrier_init(Barrier* b, unsigned arrivals) { __mbarrier_init(b, arrivals); }
+#if __CUDA_ARCH__ >= 800
+__device__ void barrier_init(Barrier* b, unsigned arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
+}
+
+__device__ void barrier_arrive(Barrier* b) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(b)) : "memory");
+}
+
+__device__ bool barrier_test(Barrier* b, unsigned parity) {
+  unsigned complete;
+#if __CUDA_ARCH__ >= 900  // may sleep a while
+  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(complete) : "r"(shared_address(b)), "r"(parity) : "memory");
+#else
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(complete) : "r"(shared_address(b)), "r"(parity) : "memory");
+#endif
+  return complete;
+}
+#else  // the same in software: arrivals a phase in bits 0-15, arrivals still to come in bits 16-31, phase above
+__device__ void barrier_init(Barrier* b, unsigned arrivals) { *b = arrivals | arrivals << 16; }
+
+__device__ void barrier_arrive(Barrier* b) {
+  __threadfence_block();
+  auto* const word = reinterpret_cast<unsigned long long*>(b);
+  unsigned long long old = *const_cast<volatile unsigned long long*>(word), seen;
+  do {
+    seen = old;
+    const unsigned long long next = (seen >> 16 & 0xffff) > 1 ? seen - 0x10000 : (seen & 0xffff) * 0x10001 | ((seen >> 32) + 1) << 32;
+    old = atomicCAS(word, seen, next);
+  } while (old != seen);
+}
+
+__device__ bool barrier_test(Barrier* b, unsigned parity) {
+  const bool complete = (*const_cast<volatile Barrier*>(b) >> 32 & 1) != parity;
+  __threadfence_block();
+  return complete;
+}
+#endif
+
+// Returns when the phase of this parity is complete. A new barrier's phase before the first (parity 1) is.
+__device__ void barrier_wait(Barrier* b, unsigned parity) {
+  while (!barrier_test(b, parity)) {}
+}
 
 // Makes initialised barriers visible to the copy engine.
 __device__ void barrier_init_fence() {
@@ -109,8 +155,6 @@ __device__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
-
-__device__ void barrier_arrive(Barrier* b) { (void)__mbarrier_arrive(b); }
 
 // One arrival; the phase also waits for `bytes` of bulk copies.
 __device__ void barrier_arrive_expect(Barrier* b, unsigned bytes) {
@@ -122,23 +166,20 @@ __device__ void barrier_arrive_expect(Barrier* b, unsigned bytes) {
 #endif
 }
 
-// Returns when the phase of this parity is complete. A new barrier's phase before the first (parity 1) is.
-__device__ void barrier_wait(Barrier* b, unsigned parity) {
+__device__ Policy make_policy(Keep keep) {
+  Policy policy = 0;
 #if __CUDA_ARCH__ >= 900
-  while (!__mbarrier_try_wait_parity(b, parity, 1000)) {}
-#else
-  while (!__mbarrier_test_wait_parity(b, parity)) {}
-#endif
-}
-
-// Hopper's copy engine: `bytes` (a multiple of 16) land some time later and are counted on the barrier.
-__device__ void copy_bulk(void* shared, const void* global, unsigned bytes, Barrier* b, Keep keep) {
-#if __CUDA_ARCH__ >= 900
-  uint64_t policy;
   if (keep == Keep::kLast)
     asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   else
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+
+// Hopper's copy engine: `bytes` (a multiple of 16) land some time later and are counted on the barrier.
+__device__ void copy_bulk(void* shared, const void* global, unsigned bytes, Barrier* b, Policy policy) {
+#if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                ::"r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(b)), "l"(policy) : "memory");
 #else
@@ -178,15 +219,30 @@ __device__ void store_word(Word* p, Word word) {
                ::"l"(p), "l"(__double_as_longlong(word.value)), "l"(word.tag) : "memory");
 }
 
+// Adds 1 to the tag, which orders nothing else.
+__device__ void add_tag(Word* p) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], 1;" ::"l"(&p->tag) : "memory");
+}
+
 __device__ void nap() { __nanosleep(40); }
 
+// 16 bytes that L2 may forget.
 template <typename V>
-__device__ void store_vector(V* address, V vector, bool streaming) {
+__device__ V load_vector(const V* address) {
+  uint4 raw;
+  asm volatile("ld.global.cs.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w) : "l"(address));
+  return *reinterpret_cast<const V*>(&raw);
+}
+
+// 16 bytes, in one instruction: the compiler would split a plain assignment.
+template <typename V>
+__device__ void store_vector(V* address, const V& vector, bool streaming) {
   const uint4 raw = *reinterpret_cast<const uint4*>(&vector);
   if (streaming)
-    __stcs(reinterpret_cast<uint4*>(address), raw);
+    asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w) : "memory");
   else
-    *reinterpret_cast<uint4*>(address) = raw;
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w) : "memory");
 }
 #else
 #include "emulated_device.h"
@@ -232,23 +288,34 @@ __device__ void store_parameter(void* p, int64_t i, bool is_float, double v) {
 // ---------------------------------------------------------------------------------------------
 // Plan: what the launch and the kernel need to know beyond the call
 // ---------------------------------------------------------------------------------------------
+struct Divisor {         // n / divisor == umulhi(2n, magic) >> shift for all n < 2³¹
+  unsigned magic;
+  int shift;
+};
+
+struct Steps {           // of a ring: slot + any even (parity 0) or odd (1) number of whole turns
+  int slot;
+  unsigned parity;
+};
+
 struct Plan {
-  int masked;            // planes do not start and end at 16-byte boundaries: mask their edges
+  int hold;              // the kernel for channels that the ring cannot hold
   int bulk;              // tiles come by the copy engine, else by 16-byte asynchronous copies
   int team, teams;       // blocks that share a channel; how many such teams
   int cooperative;       // all blocks resident, with a barrier across the grid
-  int producers, statistics, exchangers, storers;  // warps of each role
-  int plane_vectors;     // 16-byte vectors that cover one plane
-  int64_t channel_vectors;
-  int tile_vectors;      // vectors of a tile
-  int tiles;             // tiles of one channel in one block, in the order held, streamed, resident:
-  int held;              // ... kept in the registers of the statistics warps
+  int producers, exchangers, storers, statistics;  // warps of each role
+  unsigned plane_vectors, channel_vectors;         // 16-byte vectors that cover one plane; those of all N planes
+  Divisor by_plane_vectors;
+  unsigned tile_vectors; // vectors of a tile
+  unsigned step_vectors, step_offset;  // from a block's tile to its next: vectors in all, beyond whole planes,
+  int64_t step_elements;               // and the elements of x that those planes are apart
+  int tiles;             // tiles of one channel in one block, in this order:
+  int held;              // ... kept in registers, kHeldTiles by each statistics warp
   int streamed;          // ... let go after the sums and read again; the rest stays in the ring
-  int slots;             // tiles that the ring has room for
+  int slots;             // tiles that the ring has room for: a multiple of the warps of each role that goes round it
+  int channel_slots;     // channels that can be under way in a block
+  Steps channel_steps;   // in the ring, from one channel to the next
   int in_flight;         // tiles that the producer lets be on their way
-  int step_planes, step_vectors;  // team · tile_vectors vectors, as whole planes and the rest
-  uint64_t magic;        // q / plane_vectors == q · magic >> shift for all q < 2³¹
-  int shift;
   int64_t scratch_words;
   int shared_bytes;
 };
@@ -256,15 +323,15 @@ struct Plan {
 struct Arguments {
   FusedBatchNormCall call;
   Plan plan;
-  Word* scratch;         // [C][team][2], content unknown at the start
+  Word* scratch;         // [C][2·team + 1], content unknown at the start
 };
 
 template <typename A>
-struct Result {          // what the store warps need: y = ((x − mean) − mean_low)·scale + beta
-  A mean, mean_low, scale, beta;
+struct Result {          // what the store warps need: y = (x − mean)·scale + shift
+  A mean, scale, shift;
 };
 
-struct Partial {         // sums of one warp over its part of a channel
+struct Partial {         // sums over some part of a channel
   double mean, m2, count;
 };
 
@@ -272,23 +339,20 @@ struct Partial {         // sums of one warp over its part of a channel
 struct Shared {
   unsigned char* ring;   // [slots][tile_vectors] vectors
   Barrier *full, *empty; // [slots]: tile has landed; tile may be overwritten
-  Barrier *summed, *ready, *done;  // [kChannelSlots]: partials are there; result is there; result was read
-  Partial* partial;      // [kChannelSlots][kMaxStatistics]
-  void* result;          // [kChannelSlots] Result
+  Barrier *summed, *ready;  // [channel_slots]: partials are there; result is there
+  Partial* partial;      // [channel_slots][min(tiles, statistics)]
+  void* result;          // [channel_slots] Result
 
-  __host__ __device__ Shared(unsigned char* base, const Plan& p) {
+  __device__ Shared(unsigned char* base, const Plan& p) {
     ring = base;
     full = reinterpret_cast<Barrier*>(ring + size_t(p.slots) * p.tile_vectors * kVectorBytes);
     empty = full + p.slots;
     summed = empty + p.slots;
-    ready = summed + kChannelSlots;
-    done = ready + kChannelSlots;
-    partial = reinterpret_cast<Partial*>(done + kChannelSlots);
-    result = partial + kChannelSlots * kMaxStatistics;
+    ready = summed + p.channel_slots;
+    partial = reinterpret_cast<Partial*>(ready + p.channel_slots);
+    result = partial + p.channel_slots * min(p.tiles, p.statistics);
   }
 };
-constexpr int kShareBytes = 3 * kChannelSlots * sizeof(Barrier) + kChannelSlots * kMaxStatistics * sizeof(Partial) +
-                            kChannelSlots * sizeof(Result<double>) + 2 * kMaxSlots * sizeof(Barrier);
 
 // ---------------------------------------------------------------------------------------------
 // Small device helpers
@@ -296,70 +360,85 @@ constexpr int kShareBytes = 3 * kChannelSlots * sizeof(Barrier) + kChannelSlots 
 // Sum over the warp, in every lane, always in the same order. All 32 lanes must call.
 template <typename V>
 __device__ V warp_sum(V v) {
+#pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
   return v;
 }
 
-// A position in the ring, and the parity of the phase that it is in.
+__device__ unsigned divide(unsigned n, Divisor d) { return __umulhi(2 * n, d.magic) >> d.shift; }
+
+// A place in a ring, and the parity of the phase that it is in.
 struct RingPosition {
   int slot = 0;
   unsigned parity = 0;
-  __device__ void advance(int tiles, int slots) {
-    slot += tiles;
-    while (slot >= slots) {
+  __device__ void advance(Steps steps, int slots) {
+    slot += steps.slot;
+    parity ^= steps.parity;
+    if (slot >= slots) {
       slot -= slots;
       parity ^= 1;
     }
   }
 };
 
-// The first vector of a tile within its channel, and how many vectors of the channel are left from there on.
-struct Cursor {
-  int64_t left;
-  int plane, offset;
-  __device__ Cursor(const Plan& p, int tile) {
-    const int64_t first = int64_t(tile) * p.tile_vectors;
-    left = p.channel_vectors - first;
-    plane = int(first / p.plane_vectors);
-    offset = int(first % p.plane_vectors);
+// What all warps of a block know.
+struct Block {
+  const Arguments& a;
+  const Shared shared;
+  const int rank = blockIdx.x;           // in the team
+  const int first_channel = blockIdx.y;  // then every teams-th
+  const int lane = threadIdx.x % 32;
+  __device__ Block(const Arguments& a) : a(a), shared(dynamic_shared(), a.plan) {}
+};
+
+// A tile of a channel: `count` vectors from vector `offset` of a plane on, and what that plane's first element is in x.
+struct Tile {
+  unsigned first, count, offset;
+  int64_t plane;
+  __device__ Tile(const Block& b, int64_t channel, int index) {
+    const Plan& p = b.a.plan;
+    first = unsigned(index * p.team + b.rank) * p.tile_vectors;
+    const unsigned n = divide(first, p.by_plane_vectors);
+    offset = first - n * p.plane_vectors;
+    plane = (n * b.a.call.C + channel) * b.a.call.HW;
+    clip(p);
   }
-  __device__ void advance(const Plan& p) {  // to this block's next tile
-    left -= int64_t(p.team) * p.tile_vectors;
-    plane += p.step_planes;
-    offset += p.step_vectors;
+  __device__ void clip(const Plan& p) { count = first < p.channel_vectors ? min(p.tile_vectors, p.channel_vectors - first) : 0; }
+  __device__ void advance(const Block& b) {  // to the block's next tile, without a division
+    const Plan& p = b.a.plan;
+    first += p.step_vectors;
+    offset += p.step_offset;
+    plane += p.step_elements;
     if (offset >= p.plane_vectors) {
       offset -= p.plane_vectors;
-      ++plane;
+      plane += b.a.call.C * b.a.call.HW;
     }
-  }
-  __device__ int count(const Plan& p) const {  // vectors of this tile
-    return left <= 0 ? 0 : left < p.tile_vectors ? int(left) : p.tile_vectors;
+    clip(p);
   }
 };
 
-// One vector of a tile in x and y: its first element's index, and which of its elements belong to the plane.
+// One vector of a tile: its first element's index in x and y, and which of its elements belong to the plane.
 template <typename T, bool kMasked>
 struct Place {
+  static constexpr int kSize = Vector<T>::kSize;
   int64_t element;
-  int begin = 0, end = Vector<T>::kSize;
-  __device__ Place(const Arguments& a, int64_t channel, const Cursor& cursor, int v) {
-    constexpr int kSize = Vector<T>::kSize;
-    const unsigned q = cursor.offset + v;
-    const unsigned row = unsigned(q * a.plan.magic >> a.plan.shift);
-    const int64_t in_plane = int64_t(q - row * a.plan.plane_vectors) * kSize;
-    element = ((cursor.plane + int(row)) * a.call.C + channel) * a.call.HW;
-    if (kMasked) {  // the plane's cover starts at the 16-byte boundary before it
-      const int64_t start = element + int64_t(reinterpret_cast<uintptr_t>(a.call.x) / sizeof(T));
-      const int shift = int(start & (kSize - 1));
+  int begin = 0, end = kSize;
+  __device__ Place(const Block& b, const Tile& tile, unsigned v) {
+    const Arguments& a = b.a;
+    const unsigned q = tile.offset + v, row = divide(q, a.plan.by_plane_vectors);
+    if (!kMasked) {
+      element = tile.plane + int64_t(q) * kSize + row * ((a.call.C - 1) * a.call.HW);
+    } else {  // the plane's cover starts at the 16-byte boundary before it
+      element = tile.plane + row * (a.call.C * a.call.HW);
+      const int64_t in_plane = int64_t(q - row * a.plan.plane_vectors) * kSize;
+      const int shift = int((element + reinterpret_cast<uintptr_t>(a.call.x) / sizeof(T)) & (kSize - 1));
       begin = in_plane == 0 ? shift : 0;
-      const int64_t behind = a.call.HW + shift - in_plane;
-      end = behind < 0 ? 0 : behind < kSize ? int(behind) : kSize;
-      element -= shift;
+      end = int(max(int64_t(0), min(int64_t(kSize), a.call.HW + shift - in_plane)));
+      element += in_plane - shift;
     }
-    element += in_plane;
   }
   __device__ bool has(int i) const { return !kMasked || (i >= begin && i < end); }
-  __device__ bool whole() const { return !kMasked || (begin == 0 && end == Vector<T>::kSize); }
+  __device__ int count() const { return max(end - begin, 0); }
 };
 
 // Sums about a pivot: with d = x − pivot, s1 = Σ d and s2 = Σ d².
@@ -371,12 +450,11 @@ struct Sums {
   __device__ void add(const Vector<T>& x, const Place<T, kMasked>& place, A pivot) {
 #pragma unroll
     for (int i = 0; i < Vector<T>::kSize; ++i) {
-      if (!place.has(i)) continue;
-      const A d = widen(x.element[i]) - pivot;
+      const A d = place.has(i) ? widen(x.element[i]) - pivot : A(0);
       s1 += d;
       s2 += d * d;
     }
-    count += kMasked ? max(place.end - place.begin, 0) : Vector<T>::kSize;
+    count += place.count();
   }
   __device__ void add(const Sums& other) {
     s1 += other.s1;
@@ -385,17 +463,16 @@ struct Sums {
   }
 };
 
-// y = ((x − mean) − mean_low)·scale + beta for one vector. The mean is subtracted first and in two parts: the
-// folded form x·scale + shift loses digits where |mean| ≫ std.
+// y = (x − mean)·scale + shift for one vector, where shift holds beta and what the rounded mean left over. The mean
+// goes first: folded into the shift, it would take digits along where |mean| ≫ std.
 template <typename T, bool kMasked, typename A>
-__device__ void normalise_and_store(const Arguments& a, const Vector<T>& x, const Place<T, kMasked>& place, const Result<A>& r) {
+__device__ void normalise(const Block& b, const Vector<T>& x, const Place<T, kMasked>& place, const Result<A>& r) {
   Vector<T> y;
 #pragma unroll
-  for (int i = 0; i < Vector<T>::kSize; ++i)
-    y.element[i] = narrow<T>(((widen(x.element[i]) - r.mean) - r.mean_low) * r.scale + r.beta);
-  T* const to = static_cast<T*>(a.call.y) + place.element;
-  if (place.whole()) {
-    store_vector(reinterpret_cast<Vector<T>*>(to), y, a.plan.streamed > 0);
+  for (int i = 0; i < Vector<T>::kSize; ++i) y.element[i] = narrow<T>((widen(x.element[i]) - r.mean) * r.scale + r.shift);
+  T* const to = static_cast<T*>(b.a.call.y) + place.element;
+  if (!kMasked || place.count() == Vector<T>::kSize) {
+    store_vector(reinterpret_cast<Vector<T>*>(to), y, b.a.plan.streamed > 0);
   } else {
 #pragma unroll
     for (int i = 0; i < Vector<T>::kSize; ++i)
@@ -403,348 +480,482 @@ __device__ void normalise_and_store(const Arguments& a, const Vector<T>& x, cons
   }
 }
 
+// One vector of x once more. Nothing past the end of x is read.
+template <typename T, bool kMasked>
+__device__ Vector<T> reload(const Block& b, const Place<T, kMasked>& place, int64_t elements) {
+  const T* const from = static_cast<const T*>(b.a.call.x) + place.element;
+  if (!kMasked || place.element + Vector<T>::kSize <= elements) return load_vector(reinterpret_cast<const Vector<T>*>(from));
+  Vector<T> x;
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kSize; ++i)
+    if (place.has(i)) x.element[i] = from[i];
+  return x;
+}
+
 // ---------------------------------------------------------------------------------------------
 // Roles: what each warp of a block does, over all channels of its team
 // ---------------------------------------------------------------------------------------------
+template <typename T>
+__device__ Vector<T>* tile_at(const Block& b, int slot) {
+  return reinterpret_cast<Vector<T>*>(b.shared.ring) + unsigned(slot) * b.a.plan.tile_vectors;
+}
 
-// Producer: keeps the ring full, first with a channel's tiles in order, then with its streamed tiles again.
+// Calls use(i, v, vector) for this lane's vectors of a tile, kAtOnce at a time; i counts those.
+template <typename T, typename Use>
+__device__ void for_each_vector(const Vector<T>* tile, unsigned count, int lane, Use use) {
+  unsigned v = lane;
+#pragma unroll 1
+  for (; v - lane + 32 * kAtOnce <= count; v += 32 * kAtOnce) {
+    Vector<T> x[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) x[i] = tile[v + 32 * i];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) use(i, v + 32 * i, x[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i)
+    if (v + 32 * i < count) use(i, v + 32 * i, tile[v + 32 * i]);
+}
+
+// The whole warp has read a tile: one arrival.
+__device__ void release(const Block& b, int slot) {
+  __syncwarp();  // else a slow lane might still read
+  if (b.lane == 0) barrier_arrive(&b.shared.empty[slot]);
+}
+
+// Producer: keeps the ring full. Without the copy engine, several warps share each tile.
 template <typename T, bool kMasked>
-class Producer {
- public:
-  __device__ Producer(const Arguments& a, const Shared& shared, int warp)
-      : a_(a), shared_(shared), warp_(warp), channel_(blockIdx.x / a.plan.team), start_(a.plan, blockIdx.x % a.plan.team), cursor_(start_) {}
+struct Producer {
+  const Block& b;
+  const int warp;
+  int64_t channel = b.first_channel;
+  Tile tile{b, channel, 0};
+  int index = 0, sent = 0;  // of the tile in its channel; in all
+  RingPosition position, landing;
+  const Policy keep_first = make_policy(Keep::kFirst), keep_last = make_policy(Keep::kLast);
 
-  // Sends tiles on their way until all have been sent, or `most` in this call.
-  __device__ void run(int64_t most) {
-    const Plan& p = a_.plan;
-    const int streamed_first = p.held, streamed_end = p.held + p.streamed;
-    for (; channel_ < a_.call.C && most > 0; --most) {
-      if (tile_ == streamed_first) streamed_start_ = cursor_;
-      if (tile_ == p.tiles) cursor_ = streamed_start_;  // once more, now from L2 if it kept them
-      barrier_wait(&shared_.empty[position_.slot], position_.parity ^ 1);
-      if (sent_ >= p.in_flight) {  // more at once makes the blocks drift apart, which costs DRAM locality
-        barrier_wait(&shared_.full[lag_.slot], lag_.parity);
-        lag_.advance(1, p.slots);
+  __device__ Producer(const Block& b, int warp) : b(b), warp(warp) {}
+
+  // Sends tiles on their way until all have been sent, or `most` in all.
+  __device__ void run(int most) {
+    const Plan& p = b.a.plan;
+#pragma unroll 1
+    for (; channel < b.a.call.C && sent != most; ++sent) {
+      if (b.lane == 0) {  // one lane, since the slot may come round again before a slow lane has looked
+        barrier_wait(&b.shared.empty[position.slot], position.parity ^ 1);
+        if (sent >= p.in_flight) {  // more at once would make the blocks drift apart, which costs DRAM locality
+          barrier_wait(&b.shared.full[landing.slot], landing.parity);
+          landing.advance({1, 0}, p.slots);
+        }
       }
-      const bool soon_again = tile_ >= streamed_first && tile_ < streamed_end;
-      load(soon_again || p.streamed == 0 ? Keep::kLast : Keep::kFirst);
-      position_.advance(1, p.slots);
-      ++sent_;
-      cursor_.advance(p);
-      if (++tile_ == p.tiles + p.streamed) {
-        tile_ = 0;
-        channel_ += p.teams;
-        cursor_ = start_;
+      __syncwarp();
+      load();
+      position.advance({1, 0}, p.slots);
+      if (++index == p.tiles) {
+        index = 0;
+        channel += p.teams;
+        tile = Tile(b, channel, 0);
+      } else {
+        tile.advance(b);
       }
     }
   }
 
- private:
-  __device__ void load(Keep keep) {
-    const Plan& p = a_.plan;
-    const int lane = threadIdx.x % 32;
-    const int count = cursor_.count(p);
-    Barrier* const full = &shared_.full[position_.slot];
-    unsigned char* const tile = shared_.ring + size_t(position_.slot) * p.tile_vectors * kVectorBytes;
-    const T* const x = static_cast<const T*>(a_.call.x);
-    if (p.bulk) {  // one copy per plane that the tile touches, a lane each
-      if (lane == 0) barrier_arrive_expect(full, unsigned(count) * kVectorBytes);
-      __syncwarp();
-      for (int64_t row = lane; row * p.plane_vectors < cursor_.offset + count; row += 32) {
-        const int begin = int(max(int64_t(0), row * p.plane_vectors - cursor_.offset));
-        const int end = int(min(int64_t(count), (row + 1) * p.plane_vectors - cursor_.offset));
-        const Place<T, false> from(a_, channel_, cursor_, begin);
-        copy_bulk(tile + begin * kVectorBytes, x + from.element, unsigned(end - begin) * kVectorBytes, full, keep);
+  __device__ void load() {
+    const Plan& p = b.a.plan;
+    const T* const x = static_cast<const T*>(b.a.call.x);
+    Barrier* const full = &b.shared.full[position.slot];
+    Vector<T>* const to = tile_at<T>(b, position.slot);
+    const unsigned behind = tile.offset + tile.count;
+    if (p.bulk) {
+      const bool again = index >= p.held && index < p.held + p.streamed;
+      const Policy policy = again || p.streamed == 0 ? keep_last : keep_first;
+      if (behind <= p.plane_vectors) {
+        if (b.lane == 0) {
+          barrier_arrive_expect(full, tile.count * kVectorBytes);
+          if (tile.count > 0) copy_bulk(to, x + tile.plane + int64_t(tile.offset) * Vector<T>::kSize, tile.count * kVectorBytes, full, policy);
+        }
+      } else {  // a copy per plane that the tile touches, a lane each
+        if (b.lane == 0) barrier_arrive_expect(full, tile.count * kVectorBytes);
+        __syncwarp();  // else bytes could land that nobody expects
+        const unsigned planes = divide(behind - 1, p.by_plane_vectors) + 1;
+        for (unsigned i = b.lane; i < planes; i += 32) {
+          const unsigned begin = max(i * p.plane_vectors, tile.offset) - tile.offset;
+          const unsigned end = min((i + 1) * p.plane_vectors, behind) - tile.offset;
+          copy_bulk(to + begin, x + Place<T, false>(b, tile, begin).element, (end - begin) * kVectorBytes, full, policy);
+        }
       }
     } else {
-      const int64_t elements = a_.call.N * a_.call.C * a_.call.HW;
-      for (int v = warp_ * 32 + lane; v < count; v += p.producers * 32) {
-        const Place<T, kMasked> from(a_, channel_, cursor_, v);
-        const int64_t behind = elements - from.element;  // nothing past the end of x is read
-        const int valid = from.end <= from.begin ? 0 : behind < Vector<T>::kSize ? int(behind) : Vector<T>::kSize;
-        copy_16(tile + v * kVectorBytes, x + from.element, unsigned(valid) * sizeof(T));
+      const int64_t elements = b.a.call.N * b.a.call.C * b.a.call.HW;
+#pragma unroll 2
+      for (unsigned v = warp * 32 + b.lane; v < tile.count; v += p.producers * 32) {
+        const Place<T, kMasked> from(b, tile, v);  // nothing past the end of x is read
+        const int64_t valid = from.count() == 0 ? 0 : min(int64_t(Vector<T>::kSize), elements - from.element);
+        copy_16(to + v, x + from.element, unsigned(valid) * sizeof(T));
       }
       copies_arrive(full);
+      if (warp == 0 && b.lane == 0) barrier_arrive(full);  // orders what the copies' own arrivals do not
     }
   }
-
-  const Arguments& a_;
-  const Shared& shared_;
-  const int warp_;
-  int64_t channel_;
-  const Cursor start_;
-  Cursor cursor_, streamed_start_ = cursor_;
-  RingPosition position_, lag_;
-  int64_t sent_ = 0;
-  int tile_ = 0;
 };
 
-// Lets a slot go: called by a whole warp that has read it. The barrier counts max(statistics, storers) arrivals,
-// whichever of the two roles makes them.
-__device__ void release(const Plan& p, Barrier* empty, int warps) {
-  __syncwarp();
-  if (int(threadIdx.x % 32) * warps < max(p.statistics, p.storers)) barrier_arrive(empty);
+// A statistics warp's sums over its tiles of one channel, as they land.
+template <typename T, bool kMasked, typename A = typename Accumulator<T>::type>
+struct Summary {
+  const Block& b;
+  A pivot = 0;
+  Sums<A> sums;
+
+  // The pivot: the mean of the first vectors that the warp has, so |pivot − mean|² is at most (elements per pivot
+  // element)·var, whatever the data, and nothing cancels.
+  __device__ void choose_pivot(const Vector<T>* vectors, const Tile& tile) {
+    Sums<A> few;
+    if (b.lane < tile.count) few.add(vectors[b.lane], Place<T, kMasked>(b, tile, b.lane), A(0));
+    const A count = A(max(warp_sum(few.count), 1u));
+    pivot = warp_sum(few.s1) / count;
+    if (!isfinite(pivot)) pivot = 0;
+  }
+
+  __device__ void add(const Sums<A> (&part)[kAtOnce]) {  // of one tile: rounding errors of short sums stay short
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) sums.add(part[i]);
+  }
+
+  __device__ void add(const Vector<T>* vectors, const Tile& tile) {
+    Sums<A> part[kAtOnce];
+    for_each_vector(vectors, tile.count, b.lane,
+                    [&](int i, unsigned v, const Vector<T>& x) { part[i].add(x, Place<T, kMasked>(b, tile, v), pivot); });
+    add(part);
+  }
+
+  // mean = pivot + s1/count, m2 = s2 − s1²/count
+  __device__ void publish(int channel_slot, int index) {
+    const A s1 = warp_sum(sums.s1), s2 = warp_sum(sums.s2);
+    const unsigned count = warp_sum(sums.count);
+    __syncwarp();  // else a slow lane might still read a tile that other warps then let go
+    if (b.lane == 0) {
+      const A offset = s1 / A(max(count, 1u));
+      b.shared.partial[channel_slot * min(b.a.plan.tiles, b.a.plan.statistics) + index] =
+          Partial{double(pivot) + double(offset), double(s2 - s1 * offset), double(count)};
+      barrier_arrive(&b.shared.summed[channel_slot]);
+    }
+  }
+};
+
+template <typename A>
+__device__ Result<A> wait_for_result(const Block& b, RingPosition at) {
+  barrier_wait(&b.shared.ready[at.slot], at.parity);
+  return static_cast<const Result<A>*>(b.shared.result)[at.slot];
 }
 
-// Statistics: sums of each channel, as its tiles land.
-template <typename T, bool kMasked, int kHeldTiles>
-__device__ void summarise(const Arguments& a, const Shared& shared, int warp) {
-  using A = typename Accumulator<T>::type;
-  const Plan& p = a.plan;
-  const int lane = threadIdx.x % 32, thread = warp * 32 + lane, threads = p.statistics * 32;
-  RingPosition position, channel_position;
-  const Cursor start(p, blockIdx.x % p.team);
-  Vector<T> held[kHeldTiles * kHeldPerTile + 1];
-
-  for (int64_t channel = blockIdx.x / p.team; channel < a.call.C; channel += p.teams) {
-    // The pivot: the mean of the first vectors that this warp has, so |pivot − mean|² is at most
-    // (elements per pivot element)·var, whatever the data, and nothing cancels.
-    Cursor cursor = start;
-    barrier_wait(&shared.full[position.slot], position.parity);
-    const Vector<T>* tile = reinterpret_cast<const Vector<T>*>(shared.ring) + size_t(position.slot) * p.tile_vectors;
-    Sums<A> first, sums;
-    if (thread < cursor.count(p)) first.add(tile[thread], Place<T, kMasked>(a, channel, cursor, thread), A(0));
-    const unsigned first_count = warp_sum(first.count);
-    A pivot = warp_sum(first.s1) / A(max(first_count, 1u));
-    if (!isfinite(pivot)) pivot = 0;
-
-#pragma unroll
-    for (int t = 0; t < kHeldTiles; ++t) {  // register arrays want indices known at compile time
-      if (t < p.held) {
-        barrier_wait(&shared.full[position.slot], position.parity);
-        tile = reinterpret_cast<const Vector<T>*>(shared.ring) + size_t(position.slot) * p.tile_vectors;
-        Sums<A> part;
-#pragma unroll
-        for (int i = 0; i < kHeldPerTile; ++i) {
-          const int v = thread + i * threads;
-          if (v < cursor.count(p)) {
-            held[t * kHeldPerTile + i] = tile[v];
-            part.add(held[t * kHeldPerTile + i], Place<T, kMasked>(a, channel, cursor, v), pivot);
-          }
-        }
-        sums.add(part);
-        release(p, &shared.empty[position.slot], p.statistics);
-        position.advance(1, p.slots);
-        cursor.advance(p);
+// Statistics. The tiles of the ring go to the warps in turn, from channel to channel too, so that all are busy where
+// channels have few tiles.
+template <typename T, bool kMasked>
+__device__ void summarise(const Block& b, int warp) {
+  const Plan& p = b.a.plan;
+  const int shift = p.tiles % p.statistics;
+  RingPosition channel_start, at;
+  int first = warp;
+  for (int64_t channel = b.first_channel; channel < b.a.call.C; channel += p.teams) {
+    if (first < p.tiles) {
+      RingPosition position = channel_start;
+      position.advance({first, 0}, p.slots);
+      Summary<T, kMasked> summary{b};
+      for (int t = first; t < p.tiles; t += p.statistics) {
+        barrier_wait(&b.shared.full[position.slot], position.parity);
+        const Tile tile(b, channel, t);
+        const Vector<T>* const vectors = tile_at<T>(b, position.slot);
+        if (t == first) summary.choose_pivot(vectors, tile);
+        summary.add(vectors, tile);
+        position.advance({p.statistics, 0}, p.slots);
       }
+      summary.publish(at.slot, first);
     }
-    for (int t = p.held; t < p.tiles; ++t) {
-      barrier_wait(&shared.full[position.slot], position.parity);
-      tile = reinterpret_cast<const Vector<T>*>(shared.ring) + size_t(position.slot) * p.tile_vectors;
-      const int count = cursor.count(p);
-      Sums<A> part;  // of one tile: rounding errors of short sums stay short
-#pragma unroll 4
-      for (int v = thread; v < count; v += threads) part.add(tile[v], Place<T, kMasked>(a, channel, cursor, v), pivot);
-      sums.add(part);
-      if (t < p.held + p.streamed) release(p, &shared.empty[position.slot], p.statistics);
-      position.advance(1, p.slots);
-      cursor.advance(p);
-    }
-    position.advance(p.streamed, p.slots);  // their second time is the store warps' business
-
-    // mean = pivot + s1/count, m2 = s2 − s1²/count
-    const double s1 = warp_sum(sums.s1), s2 = warp_sum(sums.s2), count = warp_sum(sums.count);
-    if (lane == 0) {
-      barrier_wait(&shared.done[channel_position.slot], channel_position.parity ^ 1);  // else a slow reader's partials vanish
-      const double offset = s1 / (count > 0 ? count : 1);
-      shared.partial[channel_position.slot * kMaxStatistics + warp] = Partial{double(pivot) + offset, s2 - s1 * offset, count};
-      barrier_arrive(&shared.summed[channel_position.slot]);
-    }
-    __syncwarp();
-
-    if (kHeldTiles > 0 && p.held > 0) {
-      barrier_wait(&shared.ready[channel_position.slot], channel_position.parity);
-      const Result<A> result = static_cast<const Result<A>*>(shared.result)[channel_position.slot];
-      __syncwarp();
-      if (lane == 0) barrier_arrive(&shared.done[channel_position.slot]);
-      cursor = start;
-#pragma unroll
-      for (int t = 0; t < kHeldTiles; ++t) {
-        if (t < p.held) {
-#pragma unroll
-          for (int i = 0; i < kHeldPerTile; ++i) {
-            const int v = thread + i * threads;
-            if (v < cursor.count(p))
-              normalise_and_store(a, held[t * kHeldPerTile + i], Place<T, kMasked>(a, channel, cursor, v), result);
-          }
-          cursor.advance(p);
-        }
-      }
-    }
-    channel_position.advance(1, kChannelSlots);
+    first -= shift;
+    if (first < 0) first += p.statistics;
+    at.advance({1, 0}, p.channel_slots);
+    channel_start.advance(p.channel_steps, p.slots);
   }
 }
 
-// Chan's merge of what the lanes hold: mean = Σ nᵢ·meanᵢ / Σ nᵢ, then m2 = Σ (m2ᵢ + nᵢ·(meanᵢ − mean)²).
+// Statistics and store in one, for channels that the ring cannot hold: each warp keeps its first tiles in registers,
+// its last in the ring, lets the others go, and when the result is there stores the first, then the last, and reads
+// the others again. `tiles` is a multiple of the warps, so a slot of the ring is the same warp's in every round.
+template <typename T, bool kMasked>
+__device__ void hold(const Block& b, int warp) {
+  using A = typename Accumulator<T>::type;
+  const Plan& p = b.a.plan;
+  const int64_t elements = b.a.call.N * b.a.call.C * b.a.call.HW;
+  RingPosition position, at;
+  position.advance({warp, 0}, p.slots);
+  for (int64_t channel = b.first_channel; channel < b.a.call.C; channel += p.teams) {
+    Vector<T> held[kHeldTiles][kHeldVectors];
+    Summary<T, kMasked> summary{b};
+    int t = warp;
+#pragma unroll
+    for (int h = 0; h < kHeldTiles; ++h, t += p.statistics) {
+      barrier_wait(&b.shared.full[position.slot], position.parity);
+      const Tile tile(b, channel, t);
+      const Vector<T>* const vectors = tile_at<T>(b, position.slot);
+      if (h == 0) summary.choose_pivot(vectors, tile);
+      Sums<A> part[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kHeldVectors; ++i) {
+        const unsigned v = b.lane + 32 * i;
+        if (v < tile.count) {
+          held[h][i] = vectors[v];
+          part[i % kAtOnce].add(held[h][i], Place<T, kMasked>(b, tile, v), summary.pivot);
+        }
+      }
+      summary.add(part);
+      release(b, position.slot);
+      position.advance({p.statistics, 0}, p.slots);
+    }
+    RingPosition resident;
+    for (; t < p.tiles; t += p.statistics) {
+      barrier_wait(&b.shared.full[position.slot], position.parity);
+      summary.add(tile_at<T>(b, position.slot), Tile(b, channel, t));
+      if (t < p.held + p.streamed) release(b, position.slot);
+      else if (t < p.held + p.streamed + p.statistics) resident = position;
+      position.advance({p.statistics, 0}, p.slots);
+    }
+    summary.publish(at.slot, warp);
+
+    const Result<A> result = wait_for_result<A>(b, at);
+    at.advance({1, 0}, p.channel_slots);
+    // As soon as a tile in registers is stored, a streamed one comes into its place; meanwhile the ring's are stored.
+    int next = p.held + warp, in_registers[kHeldTiles];
+#pragma unroll
+    for (int h = 0; h < kHeldTiles; ++h) in_registers[h] = warp + h * p.statistics;
+#pragma unroll 1
+    for (bool first = true; first || in_registers[0] >= 0; first = false) {
+#pragma unroll
+      for (int h = 0; h < kHeldTiles; ++h) {
+        if (in_registers[h] >= 0) {
+          const Tile tile(b, channel, in_registers[h]);
+#pragma unroll
+          for (int i = 0; i < kHeldVectors; ++i) {
+            const unsigned v = b.lane + 32 * i;
+            if (v < tile.count) normalise(b, held[h][i], Place<T, kMasked>(b, tile, v), result);
+          }
+        }
+        in_registers[h] = next < p.held + p.streamed ? next : -1;
+        if (in_registers[h] >= 0) {
+          const Tile tile(b, channel, next);
+          next += p.statistics;
+#pragma unroll
+          for (int i = 0; i < kHeldVectors; ++i) {
+            const unsigned v = b.lane + 32 * i;
+            if (v < tile.count) held[h][i] = reload(b, Place<T, kMasked>(b, tile, v), elements);
+          }
+        }
+      }
+      for (t = p.held + p.streamed + warp; first && t < p.tiles; t += p.statistics) {
+        const Tile tile(b, channel, t);
+        for_each_vector(tile_at<T>(b, resident.slot), tile.count, b.lane,
+                        [&](int, unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, kMasked>(b, tile, v), result); });
+        release(b, resident.slot);
+        resident.advance({p.statistics, 0}, p.slots);
+      }
+    }
+  }
+}
+
+// Chan's merge of what the lanes hold. With a reference r inside the data, D = Σ nᵢ·(meanᵢ − r) and
+// E = Σ (m2ᵢ + nᵢ·(meanᵢ − r)²): mean = r + D/n, m2 = E − D²/n, in double, where they lose nothing that counts.
 template <int kEach>
 __device__ Partial merge(const Partial (&part)[kEach]) {
-  Partial all{0, 0, 0};
+  const unsigned some = __ballot_sync(0xffffffffu, part[0].count > 0);
+  double r = __shfl_sync(0xffffffffu, part[0].mean, some ? __ffs(some) - 1 : 0);
+  if (!isfinite(r)) r = 0;
+  double n = 0, D = 0, E = 0;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    all.count += part[i].count;
-    all.mean += part[i].count * part[i].mean;
+    const double distance = part[i].count > 0 ? part[i].mean - r : 0;
+    n += part[i].count;
+    D += part[i].count * distance;
+    E += part[i].m2 + part[i].count * distance * distance;
   }
-  all.count = warp_sum(all.count);
-  all.mean = warp_sum(all.mean) / (all.count > 0 ? all.count : 1);
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const double distance = part[i].mean - all.mean;
-    if (part[i].count > 0) all.m2 += part[i].m2 + part[i].count * distance * distance;
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    n += __shfl_xor_sync(0xffffffffu, n, lanes);
+    D += __shfl_xor_sync(0xffffffffu, D, lanes);
+    E += __shfl_xor_sync(0xffffffffu, E, lanes);
   }
-  all.m2 = warp_sum(all.m2);
-  return all;
+  const double offset = n > 0 ? D / n : 0, m2 = E - D * offset;
+  return Partial{r + offset, m2 < 0 ? 0 : m2, n};
 }
 
-// The team's sums, from this block's: publish, listen until all have, merge in the order of the ranks.
-__device__ Partial exchange(const Arguments& a, int64_t channel, Partial own) {
-  const int lane = threadIdx.x % 32, team = a.plan.team, rank = blockIdx.x % team;
-  Word* const words = a.scratch + channel * team * 2;
-  if (lane < 2) store_word(&words[rank * 2 + lane], Word{lane == 0 ? own.mean : own.m2, (unsigned long long)own.count + 1});
+// The team's sums, from this block's: publish, wait until all have, gather, merge in the order of the ranks. The count
+// orders nothing: each word's own tag says whether it has arrived.
+__device__ Partial exchange(const Block& b, int64_t channel, const Partial& own) {
+  const int lane = b.lane, team = b.a.plan.team;
+  Word* const words = b.a.scratch + channel * (2 * team + 1);
+  Word* const published = words + 2 * team;  // its tag counts the blocks
+  const unsigned long long tag = (unsigned long long)own.count + 1;
+  if (lane < 2) store_word(&words[b.rank * 2 + lane], Word{lane == 0 ? own.mean : own.m2, tag});
+  __syncwarp();
+  if (lane == 0) {
+    add_tag(published);
+    while (load_word(published).tag < team) nap();  // one word a block: all words, again and again, would take L2's time
+  }
+  __syncwarp();
 
   Partial part[kMaxTeamPerLane];
+  bool missing[kMaxTeamPerLane], any = true;
 #pragma unroll
-  for (int i = 0; i < kMaxTeamPerLane; ++i) part[i] = Partial{0, 0, lane + 32 * i < team ? -1.0 : 0.0};
-  for (bool missing = true; missing;) {
-    missing = false;
+  for (int i = 0; i < kMaxTeamPerLane; ++i) {
+    missing[i] = lane + 32 * i < team;
+    part[i] = Partial{0, 0, 0};
+  }
+  while (any) {
+    Word mean[kMaxTeamPerLane], m2[kMaxTeamPerLane];
 #pragma unroll
-    for (int i = 0; i < kMaxTeamPerLane; ++i) {
-      if (part[i].count < 0) {
-        const Word mean = load_word(&words[(lane + 32 * i) * 2]), m2 = load_word(&words[(lane + 32 * i) * 2 + 1]);
-        if (mean.tag != 0 && m2.tag != 0) part[i] = Partial{mean.value, m2.value, double(mean.tag - 1)};
-        else missing = true;
+    for (int i = 0; i < kMaxTeamPerLane; ++i)
+      if (missing[i]) {
+        mean[i] = load_word(&words[(lane + 32 * i) * 2]);
+        m2[i] = load_word(&words[(lane + 32 * i) * 2 + 1]);
       }
-    }
-    if (missing) nap();
+    any = false;
+#pragma unroll
+    for (int i = 0; i < kMaxTeamPerLane; ++i)
+      if (missing[i] && mean[i].tag != 0 && m2[i].tag != 0) {
+        part[i] = Partial{mean[i].value, m2[i].value, double(mean[i].tag - 1)};
+        missing[i] = false;
+      } else {
+        any = any || missing[i];
+      }
   }
   __syncwarp();
   return merge(part);
 }
 
-// Exchange: from the warps' sums to the team's, and to what the store warps need.
+template <typename T, typename A = typename Accumulator<T>::type>
+__device__ Result<A> make_result(const FusedBatchNormCall& call, int64_t channel, double mean, double inv_std) {
+  const double gamma = call.gamma ? load_parameter<T>(call.gamma, channel, call.affine_float) : 1;
+  const double beta = call.beta ? load_parameter<T>(call.beta, channel, call.affine_float) : 0;
+  return {A(mean), A(inv_std * gamma), A(beta - (mean - A(mean)) * inv_std * gamma)};
+}
+
+// Exchange: from the warps' sums to the team's, and to what the store warps need. Each warp takes whole channels.
 template <typename T>
-__device__ void finish(const Arguments& a, const Shared& shared, int warp, double factor) {
+__device__ void finish(const Block& b, int warp, double factor) {
   using A = typename Accumulator<T>::type;
-  const Plan& p = a.plan;
-  const FusedBatchNormCall& call = a.call;
-  const int lane = threadIdx.x % 32;
-  RingPosition position;
-  position.advance(warp, kChannelSlots);
-  for (int64_t channel = blockIdx.x / p.team + int64_t(warp) * p.teams; channel < call.C; channel += int64_t(p.exchangers) * p.teams) {
-    const double gamma = call.gamma ? load_parameter<T>(call.gamma, channel, call.affine_float) : 1;
-    const double beta = call.beta ? load_parameter<T>(call.beta, channel, call.affine_float) : 0;
-    double mean, var;
-    if (call.training) {
-      barrier_wait(&shared.summed[position.slot], position.parity);
-      Partial own[1] = {{0, 0, 0}};
-      if (lane < p.statistics) own[0] = shared.partial[position.slot * kMaxStatistics + lane];
-      Partial sums = merge(own);
-      if (p.team > 1) sums = exchange(a, channel, sums);
-      mean = sums.mean;
-      var = sums.m2 / sums.count;
-      if (lane == 0 && blockIdx.x % p.team == 0 && call.running_mean) {
-        const double unbiased = sums.m2 / (sums.count - 1);
-        const double old_mean = load_parameter<T>(call.running_mean, channel, call.running_float);
-        const double old_var = load_parameter<T>(call.running_var, channel, call.running_float);
-        store_parameter<T>(call.running_mean, channel, call.running_float, old_mean + factor * (mean - old_mean));
-        store_parameter<T>(call.running_var, channel, call.running_float, old_var + factor * (unbiased - old_var));
-      }
-    } else {
-      barrier_wait(&shared.done[position.slot], position.parity ^ 1);
-      mean = load_parameter<T>(call.running_mean, channel, call.running_float);
-      var = load_parameter<T>(call.running_var, channel, call.running_float);
-    }
-    const double inv_std = 1 / sqrt(var + call.eps);
-    if (lane == 0) {
-      const A high = A(mean);
-      static_cast<Result<A>*>(shared.result)[position.slot] = {high, A(mean - high), A(inv_std * gamma), A(beta)};
-      barrier_arrive(&shared.ready[position.slot]);
-      if (blockIdx.x % p.team == 0) {
-        static_cast<A*>(call.mean)[channel] = high;
+  const Plan& p = b.a.plan;
+  const FusedBatchNormCall& call = b.a.call;
+  const int partials = min(p.tiles, p.statistics);
+  RingPosition at;
+  at.advance({warp, 0}, p.channel_slots);
+  for (int64_t channel = b.first_channel + int64_t(warp) * p.teams; channel < call.C; channel += int64_t(p.exchangers) * p.teams) {
+    barrier_wait(&b.shared.summed[at.slot], at.parity);
+    Partial part[1] = {{0, 0, 0}};
+    if (b.lane < partials) part[0] = b.shared.partial[at.slot * partials + b.lane];
+    Partial sums = merge(part);
+    if (p.team > 1) sums = exchange(b, channel, sums);
+    const double inv_std = rsqrt(sums.m2 / sums.count + call.eps);
+    __syncwarp();  // else a slow lane might still read partials that the next channels overwrite
+    if (b.lane == 0) {
+      static_cast<Result<A>*>(b.shared.result)[at.slot] = make_result<T>(call, channel, sums.mean, inv_std);
+      barrier_arrive(&b.shared.ready[at.slot]);
+      if (b.rank == 0) {  // what there is one of
+        static_cast<A*>(call.mean)[channel] = A(sums.mean);
         static_cast<A*>(call.inv_std)[channel] = A(inv_std);
+        if (call.running_mean) {
+          const double old_mean = load_parameter<T>(call.running_mean, channel, call.running_float);
+          const double old_var = load_parameter<T>(call.running_var, channel, call.running_float);
+          const double unbiased = sums.m2 / (sums.count - 1);
+          store_parameter<T>(call.running_mean, channel, call.running_float, old_mean + factor * (sums.mean - old_mean));
+          store_parameter<T>(call.running_var, channel, call.running_float, old_var + factor * (unbiased - old_var));
+        }
       }
     }
-    position.advance(p.exchangers, kChannelSlots);
+    at.advance({p.exchangers, 0}, p.channel_slots);
   }
 }
 
-// Store: y for the tiles in the ring, then for those that were read again.
+// Store: y for the tiles in the ring.
 template <typename T, bool kMasked>
-__device__ void normalise(const Arguments& a, const Shared& shared, int warp) {
+__device__ void store(const Block& b, int warp) {
   using A = typename Accumulator<T>::type;
-  const Plan& p = a.plan;
-  const int lane = threadIdx.x % 32, thread = warp * 32 + lane, threads = p.storers * 32;
-  RingPosition position, channel_position;
-  const int rank = blockIdx.x % p.team;
-  const Cursor streamed_start(p, p.held * p.team + rank), resident_start(p, (p.held + p.streamed) * p.team + rank);
-  for (int64_t channel = blockIdx.x / p.team; channel < a.call.C; channel += p.teams) {
-    barrier_wait(&shared.ready[channel_position.slot], channel_position.parity);
-    const Result<A> result = static_cast<const Result<A>*>(shared.result)[channel_position.slot];
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.done[channel_position.slot]);
-    channel_position.advance(1, kChannelSlots);
-
-    position.advance(p.held + p.streamed, p.slots);
-    Cursor cursor = resident_start;
-    for (int t = p.held + p.streamed; t < p.tiles + p.streamed; ++t) {
-      if (t == p.tiles) cursor = streamed_start;
-      barrier_wait(&shared.full[position.slot], position.parity);
-      const Vector<T>* tile = reinterpret_cast<const Vector<T>*>(shared.ring) + size_t(position.slot) * p.tile_vectors;
-      const int count = cursor.count(p);
-#pragma unroll 4
-      for (int v = thread; v < count; v += threads)
-        normalise_and_store(a, tile[v], Place<T, kMasked>(a, channel, cursor, v), result);
-      release(p, &shared.empty[position.slot], p.storers);
-      position.advance(1, p.slots);
-      cursor.advance(p);
+  const Plan& p = b.a.plan;
+  const FusedBatchNormCall& call = b.a.call;
+  const int shift = p.tiles % p.storers;
+  RingPosition channel_start, at;
+  int first = warp;
+  for (int64_t channel = b.first_channel; channel < call.C; channel += p.teams) {
+    if (first < p.tiles) {
+      Result<A> result;
+      if (call.training)
+        result = wait_for_result<A>(b, at);
+      else
+        result = make_result<T>(call, channel, load_parameter<T>(call.running_mean, channel, call.running_float),
+                                rsqrt(load_parameter<T>(call.running_var, channel, call.running_float) + call.eps));
+      RingPosition position = channel_start;
+      position.advance({first, 0}, p.slots);
+      for (int t = first; t < p.tiles; t += p.storers) {
+        barrier_wait(&b.shared.full[position.slot], position.parity);
+        const Tile tile(b, channel, t);
+        for_each_vector(tile_at<T>(b, position.slot), tile.count, b.lane,
+                        [&](int, unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, kMasked>(b, tile, v), result); });
+        release(b, position.slot);
+        position.advance({p.storers, 0}, p.slots);
+      }
     }
+    first -= shift;
+    if (first < 0) first += p.storers;
+    at.advance({1, 0}, p.channel_slots);
+    channel_start.advance(p.channel_steps, p.slots);
   }
 }
 
 // ---------------------------------------------------------------------------------------------
 // The kernel
 // ---------------------------------------------------------------------------------------------
-template <typename T, bool kMasked, int kHeldTiles>
-__global__ void __launch_bounds__(kMaxThreads, 1) fused_batch_norm_forward_kernel(const __grid_constant__ Arguments a) {
+template <typename T, bool kMasked, bool kHold>
+__global__ void __launch_bounds__(kHold ? kHoldThreads : kMaxThreads, 1) fused_batch_norm_forward_kernel(const __grid_constant__ Arguments a) {
+  const Block b(a);
   const Plan& p = a.plan;
   const FusedBatchNormCall& call = a.call;
-  const Shared shared(dynamic_shared(), p);
   const int warp = threadIdx.x / 32;
 
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < p.slots; ++s) {
-      barrier_init(&shared.full[s], p.bulk ? 1 : p.producers * 32);
-      barrier_init(&shared.empty[s], max(p.statistics, p.storers));
+  if (b.lane == 0) {  // one barrier after the other is faster than a warp's lanes at once
+    const int warps = blockDim.x / 32;
+    for (int s = warp; s < p.slots; s += warps) {
+      barrier_init(&b.shared.full[s], p.bulk ? 1 : p.producers * 32 + 1);
+      barrier_init(&b.shared.empty[s], 1);
     }
-    for (int s = 0; s < kChannelSlots; ++s) {
-      barrier_init(&shared.summed[s], p.statistics);
-      barrier_init(&shared.ready[s], 1);
-      barrier_init(&shared.done[s], p.storers + (p.held > 0 ? p.statistics : 0));
+    for (int s = warp; s < p.channel_slots; s += warps) {
+      barrier_init(&b.shared.summed[s], max(min(p.tiles, p.statistics), 1));
+      barrier_init(&b.shared.ready[s], 1);
     }
     barrier_init_fence();
   }
   __syncthreads();  // else a warp may wait on a barrier that is not there yet
 
-  Producer<T, kMasked> producer(a, shared, warp);
+  Producer<T, kMasked> producer(b, warp);
   if (warp < p.producers) producer.run(p.in_flight);  // the first tiles travel while the grid gathers
 
   double factor = call.momentum;  // of the new value in the running buffers
   if (factor < 0) factor = call.num_batches_tracked ? 1.0 / double(*call.num_batches_tracked + 1) : 0;
   if (p.cooperative) {
-    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < p.scratch_words; i += int64_t(gridDim.x) * blockDim.x)
+    for (int64_t i = int64_t(blockIdx.y * p.team + b.rank) * blockDim.x + threadIdx.x; i < p.scratch_words; i += int64_t(p.team) * p.teams * blockDim.x)
       store_word(&a.scratch[i], Word{0, 0});
-    cooperative_groups::this_grid().sync();  // else a block's words could be wiped, or the counter read late
+    cooperative_groups::this_grid().sync();  // else words could be wiped that a block has published, or the counter read late
   }
-  if (call.training && call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) *call.num_batches_tracked += 1;
+  if (call.training && call.num_batches_tracked && b.rank == 0 && b.first_channel == 0 && threadIdx.x == 0) *call.num_batches_tracked += 1;
 
   int role = warp;
   if (role < p.producers) {
-    producer.run(INT64_MAX);
-  } else if ((role -= p.producers) < p.exchangers) {
-    finish<T>(a, shared, role, factor);
-  } else if ((role -= p.exchangers) < p.storers) {
-    normalise<T, kMasked>(a, shared, role);
-  } else if (call.training) {
-    summarise<T, kMasked, kHeldTiles>(a, shared, role - p.storers);
+    producer.run(-1);
+  } else if ((role -= p.producers) < p.storers) {
+    if constexpr (!kHold) store<T, kMasked>(b, role);
+  } else if ((role -= p.storers) < p.statistics) {
+    if constexpr (kHold)
+      hold<T, kMasked>(b, role);
+    else
+      summarise<T, kMasked>(b, role);
+  } else {
+    finish<T>(b, role - p.statistics, factor);
   }
 }
 
@@ -754,32 +965,34 @@ __global__ void __launch_bounds__(kMaxThreads, 1) fused_batch_norm_forward_kerne
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Device {
-  int multiprocessors, shared_bytes, architecture;  // architecture: what the kernel was compiled for, as 10·major + minor
+  int multiprocessors, shared_bytes;
+  int architecture;  // what the kernel was compiled for: 10·major + minor
 };
 
-template <typename T, int kHeldTiles>
-Plan make_plan(const FusedBatchNormCall& call, const Device& device) {
-  constexpr int64_t kTileBytes = 16 * 1024;  // measured: smaller ones cost barriers, larger ones grain
-  constexpr int64_t kRoundBytes = 4 * 1024;  // what a channel costs beside its bytes, as bytes
-  constexpr int64_t kWaitBytes = 48 * 1024;  // what an exchange costs that no other work hides, as bytes
-  constexpr int64_t kAgainBytes = 1;         // per byte that is read again
-  Plan p = {};
-  const int kSize = Vector<T>::kSize;
-  p.masked = call.HW % kSize != 0 || reinterpret_cast<uintptr_t>(call.x) % kVectorBytes != 0;
-  p.bulk = !p.masked && device.architecture >= 90;
-  p.plane_vectors = int(std::max<int64_t>(p.masked ? (call.HW + kSize - 2) / kSize + 1 : call.HW / kSize, 1));
-  p.channel_vectors = call.N * p.plane_vectors;
-  const int64_t ring_bytes = device.shared_bytes - kShareBytes;
+// What a block moves and waits for, all in bytes (measured on an H200).
+constexpr int64_t kTileBytes = 16 * 1024;    // of a tile, at most: smaller ones cost more barriers, larger ones more grain
+constexpr int64_t kFlightBytes = 64 * 1024;  // on their way to one block
+constexpr int64_t kRoundBytes = 4 * 1024;    // what a channel costs beside its bytes
+constexpr int64_t kWaitBytes = 48 * 1024;    // what an exchange costs that no other work hides
 
-  // The team: as many blocks as bring the channels through soonest. In bytes that one block moves: its share of
-  // every channel of its team, and what it waits for.
+// `size`: elements of a vector; `masked`: planes do not start and end at vectors.
+Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, bool masked) {
+  Plan p = {};
+  p.plane_vectors = unsigned(std::max<int64_t>(masked ? (call.HW + size - 2) / size + 1 : call.HW / size, 1));
+  p.channel_vectors = unsigned(call.N * p.plane_vectors);
+  while ((1u << p.by_plane_vectors.shift) < p.plane_vectors) ++p.by_plane_vectors.shift;
+  p.by_plane_vectors.magic = unsigned(ceil_div(int64_t(1) << (31 + p.by_plane_vectors.shift), p.plane_vectors));
+  const int64_t ring_bytes = device.shared_bytes - kOverheadBytes;
+
+  // The team: as many blocks as bring the channels through soonest, by what one block moves and waits for.
   int64_t best = INT64_MAX;
-  for (int team = 1; team <= std::min<int64_t>(device.multiprocessors, std::max<int64_t>(p.channel_vectors, 1)) && team <= 32 * kMaxTeamPerLane; ++team) {
+  const int most_team = int(std::min<int64_t>({device.multiprocessors, 32 * kMaxTeamPerLane, std::max(p.channel_vectors, 1u)}));
+  for (int team = 1; team <= most_team; ++team) {
     const int64_t share = ceil_div(p.channel_vectors, team) * kVectorBytes;
     const int64_t rounds = ceil_div(call.C, device.multiprocessors / team);
-    const int64_t beyond = std::max<int64_t>(share - ring_bytes * 7 / 8, 0);
+    const int64_t again = std::max<int64_t>(share - ring_bytes * 7 / 8, 0);
     const int64_t tight = std::min<int64_t>(std::max<int64_t>(2 * share - ring_bytes, 0), ring_bytes);
-    const int64_t cost = rounds * (share + kRoundBytes + beyond * kAgainBytes + (team > 1 ? kWaitBytes * tight / ring_bytes : 0));
+    const int64_t cost = rounds * (share + kRoundBytes + again + (team > 1 ? kWaitBytes * tight / ring_bytes : 0));
     if (cost < best) {
       best = cost;
       p.team = team;
@@ -788,31 +1001,39 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device) {
   }
   p.teams = int(std::min<int64_t>(device.multiprocessors / p.team, std::max<int64_t>(call.C, 1)));
   p.cooperative = call.training && (p.team > 1 || (call.momentum < 0 && call.num_batches_tracked));
-  p.scratch_words = call.training && p.team > 1 ? call.C * p.team * 2 : 0;
+  p.scratch_words = call.training && p.team > 1 ? call.C * (2 * p.team + 1) : 0;
 
+  // Roles, and tiles of equal size. Tiles come in whole turns of the warps that hold; slots in whole turns of every
+  // role: then a slot is the same warp's in every round, and that warp sees each of its phases.
   const int64_t share = ceil_div(p.channel_vectors, p.team);
-  const bool hold = call.training && kHeldTiles > 0 && share * kVectorBytes > ring_bytes * 3 / 4;
-  p.producers = p.bulk ? 1 : 4;
-  p.statistics = hold ? 12 : 4;
-  p.storers = hold ? 2 : 4;
-  p.exchangers = std::min(kMaxThreads / 32 - p.producers - p.statistics - p.storers, p.team > 1 ? 6 : 2);
-  const int64_t most = std::min<int64_t>(hold ? kHeldPerTile * p.statistics * 32 : kTileBytes / kVectorBytes, std::max<int64_t>(ring_bytes / 4 / kVectorBytes, 1));
-  p.tile_vectors = int(std::max<int64_t>(ceil_div(share, std::max<int64_t>(ceil_div(share, most), 1)), 1));
-  p.tiles = int(ceil_div(p.channel_vectors, int64_t(p.team) * p.tile_vectors));
-  p.slots = int(std::min<int64_t>(ring_bytes / (int64_t(p.tile_vectors) * kVectorBytes), kMaxSlots));
-  p.in_flight = std::min(4, p.slots);
-  if (call.training) {
-    p.held = hold ? std::min(p.tiles, kHeldTiles) : 0;
-    p.streamed = std::max(p.tiles - p.held - p.slots, 0);
-  }
-  const int64_t step = int64_t(p.team) * p.tile_vectors;
-  p.step_planes = int(step / p.plane_vectors);
-  p.step_vectors = int(step % p.plane_vectors);
-  int bits = 0;
-  while ((int64_t(1) << bits) < p.plane_vectors) ++bits;
-  p.shift = 31 + bits;
-  p.magic = uint64_t(((__uint128_t(1) << p.shift) + p.plane_vectors - 1) / p.plane_vectors);
-  p.shared_bytes = int(int64_t(p.slots) * p.tile_vectors * kVectorBytes + kShareBytes);
+  p.hold = call.training && share * kVectorBytes > ring_bytes * 3 / 4;
+  p.bulk = !masked && device.architecture >= 90;
+  p.producers = p.bulk ? 1 : p.hold ? 1 : 4;
+  p.storers = p.hold ? 0 : 4;
+  p.statistics = p.hold ? 10 : call.training ? 4 : 0;
+  p.exchangers = p.hold ? 1 : !call.training ? 0 : p.team > 1 && p.bulk ? 6 : 4;
+  const int turn = p.hold ? p.statistics : 4;
+  const int64_t fit = std::max<int64_t>(ring_bytes / turn / kVectorBytes, 1);
+  const int64_t most = std::min<int64_t>(p.hold ? kHeldVectors * 32 : kTileBytes / kVectorBytes, fit);
+  p.tiles = int(std::max<int64_t>(ceil_div(share, most), 1));
+  if (p.hold) p.tiles = int(std::max<int64_t>(ceil_div(p.tiles, turn), kHeldTiles)) * turn;
+  p.tile_vectors = unsigned(std::max<int64_t>(ceil_div(share, p.tiles), 1));
+  if (!p.hold) p.tile_vectors = unsigned(std::min<int64_t>(ceil_div(p.tile_vectors, 32 * kAtOnce) * 32 * kAtOnce, most));  // whole rounds of a warp
+  if (!p.hold) p.tiles = int(ceil_div(p.channel_vectors, int64_t(p.team) * p.tile_vectors));
+  const int64_t tile_bytes = int64_t(p.tile_vectors) * kVectorBytes;
+  p.step_vectors = p.team * p.tile_vectors;
+  p.step_offset = p.step_vectors % p.plane_vectors;
+  p.step_elements = int64_t(p.step_vectors / p.plane_vectors) * call.C * call.HW;
+  p.slots = int(std::min<int64_t>(ring_bytes / tile_bytes, kMaxSlots)) / turn * turn;
+  p.in_flight = int(std::max<int64_t>(std::min<int64_t>(kFlightBytes / tile_bytes, p.slots - 1), 1));
+  p.held = p.hold ? kHeldTiles * p.statistics : 0;
+  p.streamed = p.hold ? std::max(p.tiles - p.held - p.slots, 0) : 0;
+  // Where a tile is in the ring, all channels whose tiles were `slots` and more before it have been stored. Beyond
+  // those, a role may be at as many channels as it has warps.
+  const int warps = std::max({p.exchangers, p.storers, p.statistics});
+  p.channel_slots = int(std::max<int64_t>(std::min<int64_t>(ceil_div(p.slots, std::max(p.tiles, 1)) + warps + 2, ceil_div(call.C, p.teams)), warps));
+  p.channel_steps = Steps{p.tiles % p.slots, unsigned(p.tiles / p.slots) & 1};
+  p.shared_bytes = int(p.slots * tile_bytes) + kOverheadBytes;
   return p;
 }
 
@@ -822,36 +1043,32 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device) {
 using Allocate = void* (*)(size_t bytes, void* context);
 
 // Calls use(kernel, plan) for the kernel that suits the call. Returns null, or what went wrong.
-template <typename T, bool kMasked, int kHeldTiles, typename Use>
+template <typename T, typename Use>
 const char* with_kernel(const FusedBatchNormCall& call, Use use) {
-  const auto kernel = fused_batch_norm_forward_kernel<T, kMasked, kHeldTiles>;
   Device device;
   cudaFuncAttributes attributes;
   int ordinal;
+  const auto any = fused_batch_norm_forward_kernel<T, false, false>;
   cudaError_t error = cudaGetDevice(&ordinal);
   if (!error) error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
   if (!error) error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
-  if (!error) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (!error) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(any));
   if (error) return cudaGetErrorString(error);
   device.architecture = attributes.ptxVersion;
-  return use(kernel, make_plan<T, kHeldTiles>(call, device));
-}
-
-constexpr int kHeldTiles = 10;  // × kHeldPerTile vectors: 80 of a thread's 128 registers
-
-template <typename T, typename Use>
-const char* with_mask(const FusedBatchNormCall& call, Use use) {
-  const bool masked = call.HW % Vector<T>::kSize != 0 || reinterpret_cast<uintptr_t>(call.x) % kVectorBytes != 0;
-  return masked ? with_kernel<T, true, 0>(call, use) : with_kernel<T, false, kHeldTiles>(call, use);
+  const int size = Vector<T>::kSize;
+  const bool masked = call.HW % size != 0 || reinterpret_cast<uintptr_t>(call.x) % kVectorBytes != 0;
+  const Plan plan = make_plan(call, device, size, masked);
+  if (masked) return use(plan.hold ? fused_batch_norm_forward_kernel<T, true, true> : fused_batch_norm_forward_kernel<T, true, false>, plan);
+  return use(plan.hold ? fused_batch_norm_forward_kernel<T, false, true> : any, plan);
 }
 
 template <typename Use>
 const char* with_type(const FusedBatchNormCall& call, Use use) {
   switch (call.dtype) {
-    case 0: return with_mask<float>(call, use);
-    case 1: return with_mask<__half>(call, use);
-    case 2: return with_mask<__nv_bfloat16>(call, use);
-    default: return with_mask<double>(call, use);
+    case 0: return with_kernel<float>(call, use);
+    case 1: return with_kernel<__half>(call, use);
+    case 2: return with_kernel<__nv_bfloat16>(call, use);
+    default: return with_kernel<double>(call, use);
   }
 }
 
@@ -867,7 +1084,7 @@ extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call, A
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = plan.cooperative;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(plan.team * plan.teams);
+    config.gridDim = dim3(plan.team, plan.teams);
     config.blockDim = dim3(32 * (plan.producers + plan.exchangers + plan.storers + plan.statistics));
     config.dynamicSmemBytes = plan.shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
@@ -881,10 +1098,10 @@ extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call, A
 extern "C" const char* fused_batch_norm_describe(const FusedBatchNormCall* call, char* text, size_t text_bytes) {
   return with_type(*call, [&](auto, const Plan& p) -> const char* {
     snprintf(text, text_bytes,
-             "masked=%d bulk=%d team=%d teams=%d cooperative=%d producers=%d exchangers=%d storers=%d statistics=%d "
+             "hold=%d bulk=%d team=%d teams=%d cooperative=%d producers=%d exchangers=%d storers=%d statistics=%d "
              "tile_bytes=%d tiles=%d held=%d streamed=%d slots=%d in_flight=%d shared_bytes=%d scratch_bytes=%lld",
-             p.masked, p.bulk, p.team, p.teams, p.cooperative, p.producers, p.exchangers, p.storers, p.statistics,
-             p.tile_vectors * kVectorBytes, p.tiles, p.held, p.streamed, p.slots, p.in_flight, p.shared_bytes,
+             p.hold, p.bulk, p.team, p.teams, p.cooperative, p.producers, p.exchangers, p.storers, p.statistics,
+             int(p.tile_vectors) * kVectorBytes, p.tiles, p.held, p.streamed, p.slots, p.in_flight, p.shared_bytes,
              (long long)(p.scratch_words * sizeof(Word)));
     return nullptr;
   });
@@ -978,7 +1195,7 @@ std::tuple<Tensor, Tensor, Tensor> fused_batch_norm_forward(
     y = y.as_strided(x.sizes(), x.strides(), shift);
   }
   const ScalarType saved_type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const Tensor mean = allocate({C}, saved_type, x), inv_std = allocate({C}, saved_type, x);
+  const Tensor mean = allocate({training ? C : 0}, saved_type, x), inv_std = allocate({training ? C : 0}, saved_type, x);
 
   FusedBatchNormCall call{};
   call.x = x.const_data_ptr();

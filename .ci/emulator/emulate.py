@@ -1,0 +1,303 @@
+"""Runs model_new.py without a GPU: its CUDA and C++ texts, unchanged, compiled by the host compiler and executed by the CPU.
+
+    import emulate
+    namespace = emulate.load(open("model_new.py").read())   # ModelNew in it takes CPU tensors
+    emulate.set_device(multiprocessors=3, shared_bytes=16 * 1024, capability=(9, 0))
+    emulate.set_schedule(seed=7)                             # the order in which threads and copies go on
+    y = namespace["ModelNew"](5)(torch.rand(2, 5, 3, 3))
+
+What a detector finds (README.md lists them) is raised as a RuntimeError with the place in the text and the seed.
+`python emulate.py [count] [first seed]` runs random cases and prints which branches of the plan they took.
+"""
+
+import concurrent.futures
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import multiprocessing
+import os
+import pathlib
+import random
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+import types
+
+import torch
+import torch.utils.cpp_extension
+
+HERE = pathlib.Path(__file__).resolve().parent
+POLICIES = ("round_robin", "random", "starve", "last_first")
+ARGUMENTS = ("x", "gamma", "beta", "running_mean", "running_var", "num_batches_tracked", "training")
+BUFFERS = ARGUMENTS[3:6]
+
+_runtime = None  # the shared library of runtime/
+_loaded = None  # the namespace that load() made last
+_placed = threading.local()
+
+
+# ---------------------------------------------------------------------------------------------- build
+
+
+def _compiler():
+    for name in filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")):
+        if shutil.which(name):
+            return name
+    raise RuntimeError("a C++ compiler must be installed (g++ or clang++), got none")
+
+
+def _run(command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[-4000:]}")
+
+
+def _make(directory, name, key, command, source=None):
+    """The file `directory/<hash of key>-name`, made by `command(target)` unless it is there."""
+    target = directory / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}-{name}"
+    if not target.exists():
+        unfinished = target.with_name(f"{os.getpid()}-{target.name}")  # other processes may build the same
+        if source is not None:
+            target.with_suffix(".cpp").write_text(source)
+        _run(command(unfinished))
+        unfinished.replace(target)
+    return target
+
+
+@functools.cache
+def _own_files():
+    """Name and content of the emulator's C++ files: whatever is built from them is built again when they change."""
+    files = sorted(p for folder in ("include", "runtime") for p in (HERE / folder).rglob("*") if p.is_file())
+    return tuple((str(p.relative_to(HERE)), p.read_text()) for p in files) + (torch.__version__, sys.version, _compiler())
+
+
+def _torch_flags(name):
+    includes = [*torch.utils.cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
+    return ["-std=c++20", "-w", f"-DTORCH_EXTENSION_NAME={name}", *(f"-isystem{path}" for path in includes)]
+
+
+def _start_runtime(directory):
+    global _runtime
+    if _runtime is not None:
+        return
+    sources = [HERE / "runtime" / name for name in ("runtime.cpp", "memory.cpp", "copies.cpp", "tensors.cpp")]
+
+    flags = [*_torch_flags("emulator"), "-O2", "-march=native", "-fPIC"]
+    compile_one = lambda source: _make(
+        directory, f"{source.stem}.o", (source, _own_files()), lambda target: [_compiler(), *flags, "-c", source, "-o", target]
+    )
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    libraries = pathlib.Path(torch.__file__).parent / "lib"
+    link = [_compiler(), "-shared", *objects, f"-L{libraries}", "-lc10", f"-Wl,-rpath,{libraries}", "-ldl"]
+    library = _make(directory, "emulator.so", objects, lambda target: [*link, "-o", target])
+    _runtime = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # the built texts find their functions in it
+    _runtime.emulator_end.restype = ctypes.c_char_p
+    _runtime.emulator_watch_allocations()
+    set_device()
+    set_schedule(0)
+
+
+def _build(name, directory, cpp_text, cuda_text):
+    """Compiles the two texts (cached by content) and imports the module that they make."""
+    directory.mkdir(parents=True, exist_ok=True)
+    gcc = "clang" not in subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
+    # -fsanitize=thread: a call at each load and store, which runtime/memory.cpp answers; the sanitizer itself is not linked.
+    watched = ["-fsanitize=thread", "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"]
+    watched += ["--param", "tsan-instrument-func-entry-exit=0"] if gcc else []
+    # No fused multiply-add here, as everywhere in C++; -fno-gnu-unique, or two versions of a text would share variables.
+    kernel_flags = ["-std=c++17", "-O1", "-g1", "-w", "-fPIC", "-ffp-contract=off", f"-I{HERE / 'include'}", *watched]
+    kernel_flags += ["-fno-gnu-unique"] if gcc else []
+    # Whatever the C++ text asks about CUDA is asked about the CPU; not so in the headers, which therefore come first.
+    includes = "\n".join(re.findall(r"^\s*#include.*$", cpp_text, re.MULTILINE))
+    cpp_source = f"{includes}\n#define is_cuda is_cpu\n#line 1 \"FUSED_BATCH_NORM_CPP\"\n{cpp_text}"
+    cpp_flags = [*_torch_flags(name), "-O1", "-fPIC", f"-I{HERE / 'include'}"]
+
+    def compile_text(source, flags, kind):
+        key = (source, flags, _own_files())
+        text = directory / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}-{kind}.cpp"
+        return _make(directory, f"{kind}.o", key, lambda target: [_compiler(), *flags, "-c", text, "-o", target], source)
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        runtime = pool.submit(_start_runtime, directory)
+        parts = [pool.submit(compile_text, cpp_source, cpp_flags, "cpp"), pool.submit(compile_text, cuda_text, kernel_flags, "cuda")]
+        runtime.result()
+        objects = [part.result() for part in parts]
+    libraries = pathlib.Path(torch.__file__).parent / "lib"
+    link = ["-shared", "-Wl,-Bsymbolic", *objects, f"-L{libraries}", "-lc10", "-ltorch_cpu", "-ltorch_python", f"-Wl,-rpath,{libraries}"]
+    library = _make(directory, f"{name}.so", [str(o) for o in objects], lambda target: [_compiler(), *link, "-o", target])
+    # A name of its own for each build: pybind11 would give the first module of a name again.
+    spec = importlib.util.spec_from_file_location(f"emulated_{library.name[:16]}.{name}", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return _Watched(module)
+
+
+class _Watched:
+    """The built module; its forward runs under the detectors, and what they find is raised."""
+
+    def __init__(self, module):
+        self._module = module
+        self.saved = None  # mean and inv_std of the last call
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+    def fused_batch_norm_forward(self, *arguments, **named):
+        given = dict(zip(ARGUMENTS, arguments), **named)
+        _runtime.emulator_begin()
+        for name, value in given.items():
+            if isinstance(value, torch.Tensor):
+                begin, end = _extent(value)
+                writable = name in BUFFERS and given["training"]
+                _runtime.emulator_expose(ctypes.c_size_t(begin), ctypes.c_size_t(end - begin), writable, 0, name.encode())
+        found = b""
+        try:
+            y, *self.saved = self._module.fused_batch_norm_forward(*arguments, **named)
+            return y, *self.saved
+        finally:
+            found = _runtime.emulator_end()
+            if found:
+                raise RuntimeError(_with_places(found.decode()))
+
+
+def _extent(tensor):
+    """Addresses that a kernel may read: the tensor's own, and before them what shares a 16-byte vector with the first."""
+    begin = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return begin, begin
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return max(begin & ~15, tensor.untyped_storage().data_ptr()), begin + (last + 1) * tensor.element_size()
+
+
+def _with_places(text):
+    """Replaces each "[library+0xoffset]" by the line of the CUDA text that was compiled to it."""
+
+    def line(match):
+        library, offset = match.groups()
+        if not shutil.which("addr2line"):
+            return match.group()
+        # A return address: the call is just before it. With -i, innermost first; the first in the text is the place.
+        command = ["addr2line", "-i", "-e", library, hex(int(offset, 16) - 1)]
+        for place in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
+            path, _, number = place.split(" ")[0].rpartition(":")
+            if path.endswith("-cuda.cpp") and number.isdigit():
+                return f"line {number} `{pathlib.Path(path).read_text().splitlines()[int(number) - 1].strip()}`"
+        return match.group()
+
+    return re.sub(r"\[([^\[\]]+)\+(0x[0-9a-f]+)\]", line, text)
+
+
+# ---------------------------------------------------------------------------------------------- interface
+
+
+def load(text, *, build_dir=None):
+    """Executes the text of model_new.py so that its kernel runs on the CPU. Returns its namespace.
+
+    build_dir: where compiled files are kept (default: build/ beside this file). The first build takes about 15 s, one that
+    changes only the CUDA text about 3 s, none under 1 s.
+    """
+    global _loaded
+    directory = pathlib.Path(build_dir or HERE / "build")
+
+    def load_inline(name, cpp_sources, cuda_sources, **_):
+        join = lambda sources: sources if isinstance(sources, str) else "\n".join(sources)
+        return _build(name, directory, join(cpp_sources), join(cuda_sources))
+
+    extension = torch.utils.cpp_extension
+    pretended = [
+        (extension, "load_inline", load_inline),
+        (extension, "CUDA_HOME", "emulated"),
+        (torch.version, "cuda", "emulated"),
+        (torch.cuda, "is_available", lambda: False),
+    ]
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in pretended]
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    namespace = {"__name__": "model_new"}
+    try:
+        for owner, name, value in pretended:
+            setattr(owner, name, value)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0"  # so that the text builds without a GPU
+        exec(compile(text, "model_new.py", "exec"), namespace)
+    finally:
+        for owner, name, value in saved:
+            setattr(owner, name, value)
+        if architectures is None:
+            del os.environ["TORCH_CUDA_ARCH_LIST"]
+        else:
+            os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+    _loaded = namespace
+    return namespace
+
+
+def set_device(multiprocessors=3, shared_bytes=16 * 1024, capability=(9, 0), blocks_per_multiprocessor=1):
+    """The pretended device. shared_bytes: what one block may have at most; more than 1 KB less than 256 KB."""
+    major, minor = capability
+    _runtime.emulator_set_device(multiprocessors, shared_bytes, 10 * major + minor, blocks_per_multiprocessor)
+
+
+def set_schedule(seed, policy=None):
+    """Who runs when. policy: one of POLICIES; None: chosen by the seed."""
+    number = seed % len(POLICIES) if policy is None else POLICIES.index(policy)
+    _runtime.emulator_set_schedule(ctypes.c_uint64(seed), number)
+
+
+def fuzz(first_seed, count, report=print, taken=None):
+    """Runs the random cases of the seeds first_seed … with what load() loaded last.
+
+    report: gets a line for each failure. taken: a dictionary that counts the cases for each branch of the plan.
+    Returns (passed, failed, lines of the failures).
+    """
+    import fuzz as random_cases
+
+    failures = []
+    for seed in range(first_seed, first_seed + count):
+        case = random_cases.draw(seed)
+        try:
+            branches = random_cases.run(sys.modules[__name__], _loaded, case)
+        except Exception as error:  # whatever goes wrong is the case's failure
+            failures.append(f"{case}\n  {type(error).__name__}: {error}")
+            report(failures[-1])
+            continue
+        for branch in branches if taken is not None else ():
+            taken[branch] = taken.get(branch, 0) + 1
+    return count - len(failures), len(failures), failures
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def _fuzz_share(text, seeds):
+    torch.set_num_threads(1)
+    load(text)
+    taken, lines = {}, []
+    failed = sum(fuzz(seed, 1, lines.append, taken)[1] for seed in seeds)
+    return failed, lines, taken
+
+
+def main(count=200, first_seed=1):
+    text = (HERE.parents[1] / "model_new.py").read_text()
+    load(text)
+    processes = os.cpu_count() or 1
+    seeds = range(first_seed, first_seed + count)
+    total_failed, taken = 0, {}
+    with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        shares = [pool.submit(_fuzz_share, text, seeds[i :: 8 * processes]) for i in range(8 * processes)]
+        for share in concurrent.futures.as_completed(shares):
+            failed, lines, branches = share.result()
+            print("\n".join(lines), end="\n" if lines else "", flush=True)
+            total_failed += failed
+            for branch, cases in branches.items():
+                taken[branch] = taken.get(branch, 0) + cases
+    for branch in sorted(taken):
+        print(f"{taken[branch]:6} cases: {branch}")
+    print(f"{count - total_failed} passed, {total_failed} failed")
+    return total_failed == 0
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main(*map(int, sys.argv[1:])) else 1)

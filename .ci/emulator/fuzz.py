@@ -1,0 +1,185 @@
+"""Random cases for the emulated kernel: everything about a case is drawn from its seed, and compared with float64."""
+
+import dataclasses
+import random
+
+import torch
+
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
+TINY = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float64: 0.0}  # subnormal steps
+CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (9, 0), (9, 0), (10, 0), (12, 0))
+
+
+@dataclasses.dataclass
+class Case:
+    seed: int
+    multiprocessors: int
+    shared_bytes: int
+    capability: tuple
+    shape: tuple
+    dtype: torch.dtype
+    parameter_dtype: torch.dtype
+    layout: str  # contiguous, channels_last, unaligned, strided
+    values: str
+    training: bool
+    steps: int
+    options: dict  # of ModelNew
+
+    def __str__(self):
+        kinds = [str(t).removeprefix("torch.") for t in (self.dtype, self.parameter_dtype)]
+        mode = f"{self.steps} training steps" if self.training else "eval"
+        major, minor = self.capability
+        device = f"{self.multiprocessors} multiprocessors, {self.shared_bytes // 1024} KB, {major}.{minor}"
+        return f"seed {self.seed}: {'x'.join(map(str, self.shape))} {' '.join(kinds)} {self.layout} {self.values} {mode} {self.options} on {device}"
+
+
+def draw(seed):
+    """The case of this seed."""
+    r = random.Random(seed)
+    dtype = r.choice((torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64))
+    large = r.random() < 0.15  # channels that the ring cannot hold
+    planes = [(1, 1), (1, 2), (3, 5), (7, 7), (8, 8), (4, 12), (16, 16), (5, 64), (33, 31), (56, 56), (r.randint(1, 20), r.randint(1, 40))]
+    H, W = r.choice(planes)
+    huge = large and r.random() < 0.1  # ... even a large one
+    most = 2 ** (19 if huge else r.randint(15, 17) if large else r.randint(6, 16))  # elements
+    C = r.choice((1,) if huge else (1, 2, 3) if large else (1, 2, 3, 4, 5, 8, 17, 64, r.randint(1, 300)))
+    C = max(1, min(C, most // (H * W)))
+    N = max(1, min(most if large else r.choice((1, 2, 3, 8, 32, 64, r.randint(1, 200), most)), most // (H * W * C)))
+    if N * H * W == 1:
+        N = 2
+    momentum = r.choice((0.1, 0.1, None, 1.0, 0.0))
+    options = dict(momentum=momentum, eps=r.choice((1e-5, 1e-5, 1e-3, 0.5)), affine=r.random() < 0.8, track_running_stats=r.random() < 0.85)
+    return Case(
+        seed=seed,
+        multiprocessors=r.choice((1,) if huge else (1, 2, 3) if large else (1, 2, 3, 3, 5, 7)),
+        shared_bytes=1024 * r.choice((163, 227) if huge else (16, 24, 32) if large else (16, 16, 24, 32, 48, 64, 99, 163, 227)),
+        capability=r.choice(CAPABILITIES),
+        shape=(N, C, H, W),
+        dtype=dtype,
+        parameter_dtype=r.choice((dtype, torch.float32)),
+        layout=r.choice(("contiguous",) * 4 + ("channels_last", "unaligned", "unaligned", "strided")),
+        values=r.choice(("normal", "normal", "far mean", "constant channel", "outlier", "infinite", "nan")),
+        training=r.random() < 0.8,
+        steps=r.choice((1, 1, 2)),
+        options=options,
+    )
+
+
+def make_x(case, generator):
+    N, C, H, W = case.shape
+    x = torch.randn(case.shape, generator=generator, dtype=torch.float64)
+    if case.values == "far mean":
+        x += 10.0 ** (torch.arange(C).view(1, -1, 1, 1) % (4 if case.dtype != torch.float64 else 8))
+    elif case.values == "constant channel":
+        x[:, C // 2] = 3.1
+    elif case.values in ("outlier", "infinite", "nan"):
+        special = {"outlier": 3e4, "infinite": float("-inf"), "nan": float("nan")}[case.values]
+        x[N // 2, C // 2, H // 2, W // 2] = special
+    x = x.to(case.dtype)
+    if case.layout == "channels_last":
+        return x.to(memory_format=torch.channels_last)
+    if case.layout == "unaligned":
+        shift = 1 + case.seed % (16 // x.element_size())  # from the 16-byte boundary, up to all of a vector
+        return torch.empty(x.numel() + shift, dtype=x.dtype)[shift:].view(case.shape).copy_(x)
+    if case.layout == "strided":
+        return torch.empty(N, C, W, 2 * H, dtype=x.dtype).transpose(2, 3)[:, :, ::2].copy_(x)
+    return x
+
+
+def check_close(name, got, expected, bound):
+    """Compares with the expected float64 tensor, element by element; not finite must meet not finite."""
+    assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    expected_finite = torch.isfinite(expected.to(got.dtype)) & torch.isfinite(expected)
+    wide = got.double()
+    wrong = torch.where(expected_finite, ~((wide - expected).abs() <= bound), torch.isfinite(wide))
+    if wrong.any():
+        where = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{name}{list(where)}: expected {expected[where].item():.9g} within {torch.as_tensor(bound).expand(expected.shape)[where].item():.3g}, "
+            f"got {wide[where].item():.9g}; {int(wrong.sum())} of {wrong.numel()} wrong"
+        )
+
+
+def run(emulator, namespace, case):
+    """Runs the case; raises AssertionError or the emulator's RuntimeError. Returns the names of the branches that it took."""
+    emulator.set_device(case.multiprocessors, case.shared_bytes, case.capability)
+    emulator.set_schedule(case.seed)
+    generator = torch.Generator().manual_seed(case.seed)
+    N, C, H, W = case.shape
+    module = namespace["ModelNew"](C, dtype=case.parameter_dtype, **case.options).train(case.training)
+    affine, tracked = case.options["affine"], case.options["track_running_stats"]
+    gamma, beta = torch.ones(C, dtype=torch.float64), torch.zeros(C, dtype=torch.float64)
+    running_mean, running_var = torch.zeros(C, dtype=torch.float64), torch.ones(C, dtype=torch.float64)
+    with torch.no_grad():
+        if affine:
+            module.gamma.copy_(torch.randn(C, generator=generator))
+            module.beta.copy_(torch.randn(C, generator=generator))
+            gamma, beta = module.gamma.double(), module.beta.double()
+        if tracked:
+            module.running_mean.copy_(torch.randn(C, generator=generator))
+            module.running_var.copy_(torch.rand(C, generator=generator) + 0.5)
+
+    column = lambda v: v.view(1, C, 1, 1)
+    batch = case.training or not tracked
+    arithmetic = ROUNDING[torch.float64 if case.dtype == torch.float64 else torch.float32]
+    for step in range(1, (case.steps if case.training else 1) + 1):
+        x = make_x(case, generator)
+        if tracked:
+            running_mean, running_var = module.running_mean.to(torch.float64, copy=True), module.running_var.to(torch.float64, copy=True)
+        with torch.no_grad():
+            y = module(x)
+        wide = x.double()
+        if batch:
+            mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)
+        else:
+            mean, var = running_mean, running_var
+        scaled = (wide - column(mean)) * column(gamma / (var + case.options["eps"]).sqrt())
+        expected = scaled + column(beta)
+        assert y.dtype == x.dtype and y.device == x.device, f"y is {y.dtype} on {y.device}"
+        for layout in (torch.contiguous_format, torch.channels_last):
+            assert y.is_contiguous(memory_format=layout) or not x.is_contiguous(memory_format=layout), f"y has strides {y.stride()}, x {x.stride()}"
+        # One rounding to y's type, and a few of the arithmetic's: of each term, and of the sums that mean and var come from;
+        # and what a mean far from 0 loses in float64 itself, in the kernel as here, in units of the standard deviation.
+        inv_std = 1 / (var + case.options["eps"]).sqrt()
+        lost = 64 * ROUNDING[torch.float64] * mean.abs() * inv_std
+        rounding = ROUNDING[case.dtype]
+        bound = 1.01 * rounding * expected.abs() + TINY[case.dtype] + 64 * arithmetic * (scaled.abs() + column(beta.abs() + gamma.abs()))
+        bound += column(lost * gamma.abs()) + column(lost) * scaled.abs()
+        check_close(f"step {step}: y", y, expected, bound)
+        if batch:  # what backward needs
+            saved = namespace["_fused_batch_norm"].saved
+            check_close(f"step {step}: mean", saved[0], mean, 32 * arithmetic * (var.sqrt() + mean.abs()))
+            check_close(f"step {step}: inv_std", saved[1], inv_std, (64 * arithmetic + lost) * inv_std)
+        if case.training and tracked:
+            momentum = case.options["momentum"]
+            factor = 1 / step if momentum is None else momentum
+            rounding = ROUNDING[case.parameter_dtype]
+            new_mean = (1 - factor) * running_mean + factor * mean if factor < 1 else mean
+            new_var = wide.var((0, 2, 3), correction=1)
+            new_var = (1 - factor) * running_var + factor * new_var if factor < 1 else new_var
+            if factor == 0:
+                new_mean, new_var = torch.where(torch.isfinite(mean), running_mean, mean), torch.where(torch.isfinite(var), running_var, var)
+            one_rounding = lambda v: 1.01 * rounding * v.abs() + TINY[case.parameter_dtype] + lost * (var + case.options["eps"]).sqrt()
+            check_close(f"step {step}: running_mean", module.running_mean, new_mean, one_rounding(new_mean) + 32 * arithmetic * var.sqrt())
+            check_close(f"step {step}: running_var", module.running_var, new_var, one_rounding(new_var) + (64 * arithmetic + lost) * new_var)
+            assert module.num_batches_tracked.item() == step, f"num_batches_tracked is {module.num_batches_tracked.item()} after step {step}"
+    return branches(namespace, case)
+
+
+def branches(namespace, case):
+    """What the plan decided for the case, as names; 'field = 0', '= 1' and '> 1' where a field is a number."""
+    N, C, H, W = case.shape
+    tracked = case.options["track_running_stats"]
+    training = case.training or not tracked
+    text = namespace["_fused_batch_norm"].fused_batch_norm_plan(N, C, H * W, case.dtype, training, case.options["momentum"])
+    plan = {name: int(value) for name, value in (field.split("=") for field in text.split())}
+    size = lambda value: "0" if value == 0 else "1" if value == 1 else "more"
+    taken = {f"{name} {size(plan[name])}" for name in ("bulk", "team", "teams", "cooperative", "tiles", "held", "streamed") if name in plan}
+    kinds = [str(t).removeprefix("torch.") for t in (case.dtype, case.parameter_dtype)]
+    taken |= {f"x {kinds[0]}, parameters {kinds[1]}", f"layout {case.layout}", f"capability {case.capability[0]}.{case.capability[1]}"}
+    taken.add("batch statistics" if training else "running statistics")
+    taken.add("affine" if case.options["affine"] else "not affine")
+    taken.add("masked edges" if H * W * case.dtype.itemsize % 16 or case.layout == "unaligned" else "whole vectors")
+    if training and tracked:
+        taken.add("cumulative average" if case.options["momentum"] is None else "moving average")
+    return taken

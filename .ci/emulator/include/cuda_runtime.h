@@ -1,0 +1,182 @@
+// Stand-in for the CUDA runtime header: the part of it that the CUDA text of model_new.py uses.
+// Anything else is a compile error on purpose: add it here together with its meaning in runtime/.
+#pragma once
+#include <cstddef>
+// Also the copies that the compiler makes of its own accord go through the checks of runtime/memory.cpp.
+extern "C" void* memcpy(void*, const void*, std::size_t) noexcept __asm__("emulated_memcpy");
+extern "C" void* memmove(void*, const void*, std::size_t) noexcept __asm__("emulated_memcpy");
+extern "C" void* memset(void*, int, std::size_t) noexcept __asm__("emulated_memset");
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "emulator.h"
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(bytes) alignas(bytes)
+
+// Set at each switch of fibres. `const`, since a fibre never sees them change: the compiler may keep them.
+extern "C" {
+extern const uint3 threadIdx, blockIdx;
+extern const dim3 blockDim, gridDim;
+}
+constexpr int warpSize = 32;
+
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) double2 { double x, y; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) int4 { int x, y, z, w; };
+__forceinline__ float2 make_float2(float x, float y) { return {x, y}; }
+__forceinline__ float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+__forceinline__ double2 make_double2(double x, double y) { return {x, y}; }
+__forceinline__ uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+// ---- device functions
+
+using std::isfinite;
+using std::isinf;
+using std::isnan;
+__forceinline__ float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
+__forceinline__ double rsqrt(double v) { return 1.0 / std::sqrt(v); }
+template <typename T> __forceinline__ T min(T a, T b) { return b < a ? b : a; }
+template <typename T> __forceinline__ T max(T a, T b) { return a < b ? b : a; }
+__forceinline__ unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
+__forceinline__ unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return (unsigned long long)(((unsigned __int128)a * b) >> 64);
+}
+__forceinline__ int __popc(unsigned v) { return __builtin_popcount(v); }
+__forceinline__ int __clz(int v) { return v == 0 ? 32 : __builtin_clz(unsigned(v)); }
+__forceinline__ int __ffs(int v) { return __builtin_ffs(v); }
+template <typename T> __forceinline__ T __ldg(const T* address) { return *address; }
+
+__forceinline__ void __syncthreads() { emulator::sync_block(); }
+__forceinline__ void __syncwarp(unsigned mask = ~0u) { emulator::sync_warp(mask); }
+
+template <typename T> __forceinline__ T emulated_shuffle(unsigned mask, T value, unsigned from_lane) {
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+  uint64_t bits = 0;
+  __builtin_memcpy(&bits, &value, sizeof(T));
+  bits = emulator::shuffle(mask, bits, from_lane);
+  __builtin_memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+// `width` splits the warp into independent parts; a source outside the lane's part means its own value.
+template <typename T> __forceinline__ T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
+  return emulated_shuffle(mask, value, (emulator::lane() & ~unsigned(width - 1)) | (unsigned(from) & unsigned(width - 1)));
+}
+template <typename T> __forceinline__ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
+  const unsigned lane = emulator::lane(), from = lane ^ unsigned(bits);
+  return emulated_shuffle(mask, value, from / unsigned(width) > lane / unsigned(width) ? lane : from);
+}
+template <typename T> __forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
+  const unsigned lane = emulator::lane();
+  return emulated_shuffle(mask, value, (lane & unsigned(width - 1)) + by < unsigned(width) ? lane + by : lane);
+}
+template <typename T> __forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
+  const unsigned lane = emulator::lane();
+  return emulated_shuffle(mask, value, (lane & unsigned(width - 1)) >= by ? lane - by : lane);
+}
+__forceinline__ unsigned __ballot_sync(unsigned mask, int predicate) { return emulator::ballot(mask, predicate != 0); }
+__forceinline__ int __any_sync(unsigned mask, int predicate) { return emulator::ballot(mask, predicate != 0) != 0; }
+__forceinline__ int __all_sync(unsigned mask, int predicate) { return emulator::ballot(mask, predicate == 0) == 0; }
+
+// ---- host functions
+
+typedef struct CUstream_st* cudaStream_t;
+enum cudaError {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorNotSupported = 801,
+};
+typedef cudaError cudaError_t;
+enum cudaDeviceAttr {
+  cudaDevAttrMaxThreadsPerBlock = 1,
+  cudaDevAttrMaxSharedMemoryPerBlock = 8,
+  cudaDevAttrWarpSize = 10,
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrL2CacheSize = 38,
+  cudaDevAttrMaxThreadsPerMultiProcessor = 39,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrCooperativeLaunch = 95,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+  cudaDevAttrReservedSharedMemoryPerBlock = 111,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+struct cudaFuncAttributes { int ptxVersion, binaryVersion, maxThreadsPerBlock; };
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore = 0, cudaLaunchAttributeCooperative = 2 };
+union cudaLaunchAttributeValue { int cooperative; };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  return cudaError_t(emulator::attribute(which, value));
+}
+inline cudaError_t cudaGetLastError() { return cudaError_t(emulator::last_error(true)); }
+inline cudaError_t cudaPeekAtLastError() { return cudaError_t(emulator::last_error(false)); }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorLaunchFailure: return "unspecified launch failure";
+    case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
+    case cudaErrorNotSupported: return "operation not supported";
+  }
+  return "unrecognized error code";
+}
+
+template <typename Kernel> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  *attributes = {emulator::capability(), emulator::capability(), 1024};
+  return cudaSuccess;
+}
+template <typename Kernel> cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
+  return cudaError_t(emulator::set_shared_limit(reinterpret_cast<const void*>(kernel), value));
+}
+
+// The kernel's parameters are copied for each thread, as each GPU thread has its own.
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<std::decay_t<Parameters>...> arguments;
+  } const call{kernel, {std::forward<Arguments>(arguments)...}};
+  const auto run = [](const void* call) {
+    std::apply(static_cast<const Call*>(call)->kernel, static_cast<const Call*>(call)->arguments);
+  };
+  emulator::Launch launch{config->gridDim.x, config->gridDim.y, config->blockDim.x, config->dynamicSmemBytes, false,
+                          reinterpret_cast<const void*>(kernel)};
+  if (config->gridDim.z * config->blockDim.y * config->blockDim.z != 1) return cudaErrorNotSupported;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == cudaLaunchAttributeCooperative) launch.cooperative = config->attrs[i].val.cooperative;
+    else if (config->attrs[i].id != cudaLaunchAttributeIgnore) return cudaErrorNotSupported;
+  }
+  return cudaError_t(emulator::launch(launch, run, &call, sizeof call));
+}

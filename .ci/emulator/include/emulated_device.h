@@ -1,0 +1,31 @@
+// The device helpers of the CUDA text that hold PTX, as the emulator means them. Their contracts, and the types Barrier, Keep
+// and Word, stand in the text, which includes this file in the place of its own helpers.
+#pragma once
+
+__forceinline__ unsigned char* dynamic_shared() { return emulator::shared_memory(); }
+__forceinline__ void barrier_init(Barrier* b, unsigned arrivals) { emulator::barrier_init(b, arrivals); }
+__forceinline__ void barrier_init_fence() { emulator::barrier_init_fence(); }
+__forceinline__ void barrier_arrive(Barrier* b) { emulator::barrier_arrive(b, 0); }
+__forceinline__ void barrier_arrive_expect(Barrier* b, unsigned bytes) { emulator::barrier_arrive(b, bytes); }
+__forceinline__ void barrier_wait(Barrier* b, unsigned parity) { emulator::barrier_wait(b, parity); }
+__forceinline__ Policy make_policy(Keep) { return 0; }
+__forceinline__ void copy_bulk(void* shared, const void* global, unsigned bytes, Barrier* b, Policy) {
+  emulator::copy_bulk(shared, global, bytes, b);
+}
+__forceinline__ void copy_16(void* shared, const void* global, unsigned valid_bytes) {
+  emulator::copy_16(shared, global, valid_bytes);
+}
+__forceinline__ void copies_arrive(Barrier* b) { emulator::copies_arrive(b); }
+__forceinline__ Word load_word(const Word* address) {
+  Word word;
+  emulator::load_atomic(&word, address, sizeof word);
+  return word;
+}
+__forceinline__ void store_word(Word* address, Word word) { emulator::store_atomic(address, &word, sizeof word); }
+__forceinline__ void add_tag(Word* address) { emulator::add_atomic(&address->tag, 1); }
+__forceinline__ void nap() { emulator::nap(); }
+template <typename V> __forceinline__ V load_vector(const V* address) { return *address; }
+template <typename V> __forceinline__ void store_vector(V* address, V v, bool) {
+  static_assert(sizeof(V) == 16);
+  emulator::store_aligned(address, &v, sizeof v);
+}

@@ -1,0 +1,177 @@
+// mbarriers and the asynchronous copies that arrive on them.
+//
+// A copy lands as late as the rules allow: its bytes turn to poison when it is issued and arrive only when the schedule
+// says so, at the latest when no thread can go on without them. Who touches them before a wait has told it that they
+// are there races with the copy.
+#include <algorithm>
+#include <cstring>
+
+#include "machine.h"
+
+namespace emulator {
+
+static uint32_t offset_of(const void* shared, size_t bytes, const char* what, const void* place) {
+  const uintptr_t offset = uintptr_t(shared) - uintptr_t(current->block->shared);
+  if (offset + bytes > machine.launch.shared_bytes || offset + bytes < bytes)
+    fail("out of bounds", name_of(*current) + ": " + what + " lies outside the block's shared memory", place);
+  return uint32_t(offset);
+}
+
+static Mbarrier& find(const uint64_t* barrier, const void* place) {
+  Block& block = *current->block;
+  const auto found = block.barriers.find(offset_of(barrier, 8, "an mbarrier", place));
+  if (found == block.barriers.end()) fail("barrier", name_of(*current) + " uses an mbarrier that nobody has initialised", place);
+  Mbarrier& b = found->second;
+  if (!has_seen(*current, b.initialised))
+    fail("data race", name_of(*current) + " uses an mbarrier, unordered with its initialisation", place);
+  if (!b.fenced && b.initialised_by != current)
+    fail("barrier", name_of(*current) + " uses an mbarrier whose initialisation no barrier_init_fence published", place);
+  return b;
+}
+
+void barrier_init(uint64_t* barrier, unsigned arrivals) {
+  const void* place = __builtin_return_address(0);
+  Block& block = *current->block;
+  const uint32_t offset = offset_of(barrier, 8, "an mbarrier", place);
+  require_aligned(barrier, 8, Access::kWrite, place);
+  access(barrier, 8, Access::kWrite, false, now(*current, false), place);
+  if (arrivals == 0 || arrivals >= 1u << 20) fail("barrier", "an mbarrier counts 1 to 2^20 - 1 arrivals", place);
+  Mbarrier b{};
+  b.arrivals = b.pending = arrivals;
+  b.initialised_by = current;
+  b.initialised = now(*current, false);
+  b.gathering.at.resize(current->clock.at.size());
+  b.completed.at.resize(current->clock.at.size());
+  block.barriers.emplace(offset, std::move(b));
+  block.barriers_begin = std::min(block.barriers_begin, offset);
+  block.barriers_end = std::max(block.barriers_end, offset + 8);
+}
+
+void barrier_init_fence() {
+  for (auto& [offset, b] : current->block->barriers) b.fenced |= b.initialised_by == current;
+}
+
+static void complete_if_due(Mbarrier& b) {
+  if (b.pending != 0 || b.bytes != 0) return;
+  if (b.copies != 0) fail("barrier", "an mbarrier's phase ends while copies of it are in flight: it expects too few bytes", nullptr);
+  b.completed.join(b.gathering);
+  b.pending = b.arrivals;
+  ++b.phase;
+  for (Fibre* fibre : b.waiting) make_ready(*fibre);
+  b.waiting.clear();
+}
+
+static void arrive(Mbarrier& b, const void* place) {
+  machine.naps_since_event = 0;
+  if (b.pending == 0) fail("barrier", "more arrivals in one phase of an mbarrier than it was initialised for", place);
+  --b.pending;
+  complete_if_due(b);
+}
+
+static void arrive_now(uint64_t* barrier, unsigned expected_bytes, const void* place) {
+  preempt();
+  Mbarrier& b = find(barrier, place);
+  release(b.gathering);
+  b.bytes += expected_bytes;
+  if (b.bytes >= 1 << 20) fail("barrier", "an mbarrier expects 2^20 bytes or more", place);
+  arrive(b, place);
+}
+
+void barrier_arrive(uint64_t* barrier, unsigned expected_bytes) {
+  arrive_now(barrier, expected_bytes, __builtin_return_address(0));
+}
+
+void barrier_wait(uint64_t* barrier, unsigned parity) {
+  const void* place = __builtin_return_address(0);
+  preempt();
+  Mbarrier& b = find(barrier, place);
+  if (parity > 1) fail("barrier", "a parity is 0 or 1", place);
+  // Looked at again after waking up: a thread that comes so late that the next phase is over too has missed its own.
+  while ((b.phase & 1) == parity) {
+    b.waiting.push_back(current);
+    current->barrier = barrier;
+    current->parity = parity;
+    block_on("barrier_wait", place);
+  }
+  acquire(b.completed);
+}
+
+// Bytes that `agent` will write at `time`: ordered behind all that the issuing thread has seen, known to nobody yet.
+static void issue(void* shared, const void* global, unsigned bytes, unsigned valid_bytes, Epoch mark, const void* place) {
+  if (valid_bytes) access(global, valid_bytes, Access::kRead, false, mark, place);
+  access(shared, bytes, Access::kWrite, false, mark, place);
+  poison(shared, bytes);
+}
+
+static Epoch copy_epoch(Block& block, Mbarrier& b, const void* place) {
+  if (b.agent < 0) {
+    if (block.agents == kCopyAgents) fail("limit", "more mbarriers with copies than the emulator has clocks for", place);
+    b.agent = int(machine.launch.threads + block.agents++);
+  }
+  return epoch(block, b.agent, Time(b.phase + 1), false);
+}
+
+void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
+  const void* place = __builtin_return_address(0);
+  preempt();
+  Block& block = *current->block;
+  if (machine.device.capability < 90) fail("device", "bulk copies need compute capability 9.0", place);
+  Mbarrier& b = find(barrier, place);
+  offset_of(shared, bytes, "a bulk copy's destination", place);
+  require_aligned(shared, 16, Access::kWrite, place);
+  require_aligned(global, 16, Access::kRead, place);
+  if (bytes == 0 || bytes % 16) fail("misaligned", "a bulk copy moves a multiple of 16 bytes, not " + std::to_string(bytes), place);
+  issue(shared, global, bytes, bytes, copy_epoch(block, b, place), place);
+  ++b.copies;
+  machine.in_flight.push_back({&block, offset_of(barrier, 8, "", place),
+                               {{static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes, bytes}},
+                               bytes, false});
+}
+
+void copy_16(void* shared, const void* global, unsigned valid_bytes) {
+  const void* place = __builtin_return_address(0);
+  offset_of(shared, 16, "a copy's destination", place);
+  require_aligned(shared, 16, Access::kWrite, place);
+  require_aligned(global, 16, Access::kRead, place);
+  if (valid_bytes > 16) fail("out of bounds", "copy_16 of more than 16 valid bytes", place);
+  if (machine.device.capability < 80) {  // no cp.async there: a plain copy
+    if (valid_bytes) access(global, valid_bytes, Access::kRead, false, now(*current, false), place);
+    access(shared, 16, Access::kWrite, false, now(*current, false), place);
+    memset(shared, 0, 16);
+    memcpy(shared, global, valid_bytes);
+    return;
+  }
+  issue(shared, global, 16, valid_bytes, epoch(*current->block, current->thread, kNotYet, false), place);
+  current->untracked.push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), 16, valid_bytes});
+}
+
+void copies_arrive(uint64_t* barrier) {
+  const void* place = __builtin_return_address(0);
+  if (machine.device.capability < 80) return arrive_now(barrier, 0, place);
+  preempt();
+  Block& block = *current->block;
+  Mbarrier& b = find(barrier, place);
+  const Epoch mark = copy_epoch(block, b, place);
+  for (const Fibre::Piece& piece : current->untracked) track(piece.to, piece.bytes, mark);
+  machine.in_flight.push_back({&block, offset_of(barrier, 8, "", place), std::move(current->untracked), 0, true});
+  current->untracked.clear();
+}
+
+void land(size_t which) {
+  std::swap(machine.in_flight[which], machine.in_flight.back());
+  const Copies copies = std::move(machine.in_flight.back());
+  machine.in_flight.pop_back();
+  for (const Fibre::Piece& piece : copies.pieces) {
+    memcpy(piece.to, piece.from, piece.valid_bytes);
+    memset(piece.to + piece.valid_bytes, 0, piece.bytes - piece.valid_bytes);
+  }
+  Mbarrier& b = copies.block->barriers.at(copies.barrier);
+  b.gathering.at[b.agent] = Time(b.phase + 1);
+  machine.naps_since_event = 0;
+  if (copies.arrives) return arrive(b, nullptr);
+  --b.copies;
+  b.bytes -= copies.bytes;
+  complete_if_due(b);
+}
+
+}  // namespace emulator

@@ -1,0 +1,176 @@
+// The state of the emulated GPU during one launch. All of its threads are fibres of one OS thread, so a seed repeats
+// a run exactly and nothing here needs a lock.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "../include/emulator.h"
+
+namespace emulator {
+
+// ---- who has seen what (memory.cpp)
+
+using Time = uint32_t;
+
+// A vector clock over the participants of one block: its threads, and the copies of each of its mbarriers, which
+// move data in their own time. Entry i: up to which of its steps participant i is known to have come.
+struct Clock {
+  std::vector<Time> at;
+  void join(const Clock& other) {
+    for (size_t i = 0; i < at.size(); ++i) at[i] = at[i] < other.at[i] ? other.at[i] : at[i];
+  }
+};
+
+// One step of one participant, packed: 1 valid, 1 atomic, 12 grid barriers passed, 14 block, 12 participant, 24 time.
+using Epoch = uint64_t;
+constexpr Epoch kValid = 1ull << 63, kAtomic = 1ull << 62;
+constexpr Epoch kBeforeLaunch = kValid;               // time 0: everyone has seen it
+constexpr Time kNotYet = (1u << 24) - 1;              // a copy that no barrier tracks yet: nobody has seen it
+constexpr unsigned kMaxBlocks = 1u << 14, kMaxGridBarriers = 1u << 12, kCopyAgents = 64;
+
+// The history of two neighbouring bytes, the smallest element that a kernel handles.
+struct Cell {
+  Epoch write;             // the last one; 0: nobody has written
+  Epoch read;              // the last one, or (not kValid) 1 + an index into `reads`: several, unordered
+  uint32_t write_place, read_place;  // low half of the return address
+};
+constexpr unsigned kCellBytes = 2;
+
+struct Range {             // a tensor or scratch memory
+  uintptr_t begin, end;
+  bool writable, fresh;    // fresh: allocated by the operator, so unwritten until the kernel (or the host) writes
+  std::string name;
+  std::vector<Cell> cells;
+};
+
+// ---- threads
+
+enum class State : uint8_t { kReady, kNapping, kBlocked, kFinished };
+
+struct Block;
+struct Fibre {
+  void* stack_pointer;
+  uintptr_t stack_low, stack_high;
+  Block* block;
+  unsigned thread;
+  State state = State::kReady;
+  const char* waits_for = "";   // when blocked: what, and at which place of the text
+  const void* place = nullptr;
+  const void* barrier = nullptr;
+  unsigned parity = 0;
+  uint64_t result = 0;          // what a shuffle or ballot brought
+  Clock clock;
+  struct Piece { unsigned char* to; const unsigned char* from; unsigned bytes, valid_bytes; };
+  std::vector<Piece> untracked; // its copy_16s since the last copies_arrive
+};
+
+struct Rendezvous {             // of the lanes of one warp
+  const char* operation;
+  unsigned mask, arrived;
+  uint64_t value[32], argument[32];
+};
+
+struct Mbarrier {
+  unsigned arrivals, pending;   // per phase; still missing in this one
+  int64_t bytes = 0;            // expected minus landed in this phase
+  uint64_t phase = 0;
+  Clock gathering, completed;   // what those who arrived in this phase, and up to the last one, had seen
+  unsigned copies = 0;          // in flight
+  int agent = -1;               // participant number of its copies, from the first one on
+  const Fibre* initialised_by;
+  Epoch initialised;
+  bool fenced = false;
+  std::vector<Fibre*> waiting;
+};
+
+struct Block {
+  unsigned index, slot;
+  unsigned char* shared;
+  std::vector<Fibre> fibres;
+  unsigned finished = 0, at_barrier = 0;
+  std::vector<std::vector<Rendezvous>> meetings;        // per warp
+  std::unordered_map<uint32_t, Mbarrier> barriers;      // by offset in shared memory
+  uint32_t barriers_begin = ~0u, barriers_end = 0;
+  unsigned agents = 0;
+  std::vector<Cell> cells;                              // of its shared memory
+};
+
+struct Copies {                 // land together, as late as the schedule wants
+  Block* block;
+  uint32_t barrier;             // offset
+  std::vector<Fibre::Piece> pieces;
+  unsigned bytes;               // to count down on the barrier (bulk copies)
+  bool arrives;                 // or an arrival (cp.async)
+};
+
+struct RelaxedStore {           // done, but not yet seen by those whom nothing has told
+  unsigned char* to;
+  unsigned char value[16];
+  unsigned bytes;
+  Epoch done;
+};
+
+// ---- the machine
+
+struct Device {
+  int multiprocessors = 3, shared_bytes = 16 * 1024, capability = 90, blocks_per_multiprocessor = 1;
+};
+
+struct Random {                 // splitmix64
+  uint64_t state;
+  uint64_t next() {
+    uint64_t z = (state += 0x9e3779b97f4a7c15ull);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+  }
+  uint64_t below(uint64_t bound) { return next() % bound; }
+};
+
+struct Machine {
+  Device device;
+  Launch launch{};
+  uintptr_t arguments_begin, arguments_end;             // of the kernel, which every thread copies
+  std::vector<std::unique_ptr<Block>> slots;            // the resident blocks
+  std::vector<Copies> in_flight;
+  std::vector<RelaxedStore> stores;
+  std::vector<std::vector<Epoch>> reads;
+  unsigned grid_barriers = 0;
+  Random random{0};
+  uint64_t naps_since_event = 0;                        // an event: something a polling thread may wait for
+};
+extern Machine machine;
+extern Fibre* current;          // the running fibre; null on the host
+
+// runtime.cpp
+void record(const char* detector, const std::string& what, const void* place);  // the first is reported
+[[noreturn]] void fail(const char* detector, const std::string& what, const void* place);
+std::string name_of(const Fibre& fibre);
+std::string name_of(const void* place);
+void make_ready(Fibre& fibre);
+void block_on(const char* waits_for, const void* place);  // until another fibre makes this one ready
+void preempt();                 // another fibre may run here
+void poll(const void* place);   // ... and must, if this one has looked at memory in vain for long
+void land(size_t copies);       // copies.cpp: finish machine.in_flight[copies]
+void show(size_t store);        // memory.cpp: machine.stores[store] becomes visible to all
+
+// memory.cpp
+enum class Access { kRead, kWrite };
+void reset_cells(Range& range);
+void access(const void* address, size_t bytes, Access kind, bool atomic, Epoch mark, const void* place);
+void require_aligned(const void* address, size_t bytes, Access kind, const void* place);
+Epoch now(const Fibre& fibre, bool atomic);
+Epoch epoch(const Block& block, unsigned participant, Time time, bool atomic);
+bool has_seen(const Fibre& fibre, Epoch epoch);
+void track(const void* address, size_t bytes, Epoch mark);  // copied bytes: some mbarrier's copies, from now on
+void poison(void* address, size_t bytes);
+std::vector<Range>& ranges();
+
+// Acquire: what `source` knows, the running fibre knows. Release: the other way round; later steps of it are new.
+void acquire(const Clock& source);
+void release(Clock& target);
+
+}  // namespace emulator

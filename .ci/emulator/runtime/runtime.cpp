@@ -1,0 +1,609 @@
+// Launches, fibres, the schedule, and the barriers of warp, block and grid.
+#include <dlfcn.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+
+#include "machine.h"
+
+// Saves the registers that a callee must keep, changes stacks, restores. (swapcontext would enter the kernel.)
+extern "C" void emulator_switch(void** save_stack_pointer, void* load_stack_pointer);
+#if defined(__x86_64__)
+__asm__(R"(
+.text
+.globl emulator_switch
+.type emulator_switch, @function
+emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size emulator_switch, .-emulator_switch
+)");
+constexpr size_t kSavedWords = 6, kReturnWord = 6;  // from the stack pointer upwards
+#elif defined(__aarch64__)
+__asm__(R"(
+.text
+.globl emulator_switch
+.type emulator_switch, %function
+emulator_switch:
+  sub sp, sp, #160
+  stp x19, x20, [sp, #0]
+  stp x21, x22, [sp, #16]
+  stp x23, x24, [sp, #32]
+  stp x25, x26, [sp, #48]
+  stp x27, x28, [sp, #64]
+  stp x29, x30, [sp, #80]
+  stp d8, d9, [sp, #96]
+  stp d10, d11, [sp, #112]
+  stp d12, d13, [sp, #128]
+  stp d14, d15, [sp, #144]
+  mov x9, sp
+  str x9, [x0]
+  mov sp, x1
+  ldp x19, x20, [sp, #0]
+  ldp x21, x22, [sp, #16]
+  ldp x23, x24, [sp, #32]
+  ldp x25, x26, [sp, #48]
+  ldp x27, x28, [sp, #64]
+  ldp x29, x30, [sp, #80]
+  ldp d8, d9, [sp, #96]
+  ldp d10, d11, [sp, #112]
+  ldp d12, d13, [sp, #128]
+  ldp d14, d15, [sp, #144]
+  add sp, sp, #160
+  ret
+.size emulator_switch, .-emulator_switch
+)");
+constexpr size_t kSavedWords = 20, kReturnWord = 11;
+#else
+#error "the emulator knows how to switch stacks on x86-64 and aarch64 only"
+#endif
+
+extern "C" {
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+}
+
+namespace emulator {
+
+Machine machine;
+Fibre* current;
+
+enum Policy { kRoundRobin, kRandom, kStarve, kLastFirst };
+static Policy policy;
+static uint64_t seed, launches;
+static void (*body)(const void*);
+static const void* body_arguments;
+static unsigned next_block, blocks_left;
+static std::vector<unsigned> block_order;
+static void* host_stack_pointer;
+static std::string error;                      // of the first detector that fired since it was last taken
+static int last_error_code;
+static std::map<const void*, int> shared_limits;
+
+// ---- who runs next
+
+// A fibre that can run waits here under a key; the smallest key runs. A policy is a way to choose keys.
+struct Ready {
+  uint64_t key;
+  Fibre* fibre;
+  bool operator<(const Ready& other) const { return key > other.key; }  // std::push_heap keeps the largest in front
+};
+static std::vector<Ready> ready;
+static std::vector<Fibre*> napping;
+static uint64_t sequence;
+constexpr uint64_t kStarved = 1ull << 62;
+static struct { int block, warp; } victim;     // kStarve: this warp of this block; -1: every
+static uint64_t shuffle_window;                // kRandom: how far a fibre may fall behind its turn
+static bool copies_hurry;                      // some launches: copies may also land before they must
+
+static bool is_victim(const Fibre& fibre) {
+  return policy == kStarve && (victim.block < 0 || int(fibre.block->index) == victim.block) &&
+         (victim.warp < 0 || int(fibre.thread / 32) == victim.warp);
+}
+
+static uint64_t key_of(const Fibre& fibre) {
+  switch (policy) {
+    case kRoundRobin: return sequence++;
+    case kRandom: return sequence++ + machine.random.below(shuffle_window);
+    case kStarve: return sequence++ + (is_victim(fibre) ? kStarved : 0);
+    case kLastFirst: return kStarved - (uint64_t(fibre.block->index) << 16 | fibre.thread);
+  }
+  return 0;
+}
+
+void make_ready(Fibre& fibre) {
+  fibre.state = State::kReady;
+  ready.push_back({key_of(fibre), &fibre});
+  std::push_heap(ready.begin(), ready.end());
+}
+
+static void wake(size_t which) {
+  std::swap(napping[which], napping.back());
+  Fibre* fibre = napping.back();
+  napping.pop_back();
+  make_ready(*fibre);
+}
+
+[[noreturn]] static void report_deadlock();
+
+// Picks the next fibre. Copies land, and napping threads look again, mostly when nothing else can happen.
+static Fibre* next_fibre() {
+  Machine& m = machine;
+  for (;;) {
+    if (copies_hurry && !m.in_flight.empty() && m.random.below(64) == 0) land(m.random.below(m.in_flight.size()));
+    if (!m.stores.empty() && m.random.below(64) == 0) show(m.random.below(m.stores.size()));
+    if (!napping.empty() && m.random.below(64) == 0) wake(m.random.below(napping.size()));
+    const bool only_starved = !ready.empty() && ready.front().key >= kStarved && policy == kStarve;
+    if (only_starved && !m.in_flight.empty()) {  // the victim's own copies do not delay it further
+      land(m.random.below(m.in_flight.size()));
+      continue;
+    }
+    if (!ready.empty()) {
+      std::pop_heap(ready.begin(), ready.end());
+      Fibre* fibre = ready.back().fibre;
+      ready.pop_back();
+      return fibre;
+    }
+    if (!m.stores.empty() && m.random.below(2)) {
+      show(m.random.below(m.stores.size()));
+    } else if (!m.in_flight.empty() && (napping.empty() || m.random.below(2))) {
+      land(m.random.below(m.in_flight.size()));
+    } else if (!napping.empty() && m.naps_since_event < 1000 + 64 * napping.size()) {
+      while (!napping.empty()) wake(napping.size() - 1);
+    } else if (!m.in_flight.empty()) {
+      land(m.random.below(m.in_flight.size()));
+    } else {
+      report_deadlock();
+    }
+  }
+}
+
+static void run(Fibre* fibre) {
+  Fibre* from = current;
+  if (fibre == from) return;
+  current = fibre;
+  threadIdx = {fibre->thread, 0, 0};
+  blockIdx = {fibre->block->index % gridDim.x, fibre->block->index / gridDim.x, 0};
+  emulator_switch(from ? &from->stack_pointer : &host_stack_pointer, fibre->stack_pointer);
+}
+
+static void leave_to_host() {
+  void* abandoned;
+  current = nullptr;
+  emulator_switch(&abandoned, host_stack_pointer);
+}
+
+void block_on(const char* waits_for, const void* place) {
+  current->state = State::kBlocked;
+  current->waits_for = waits_for;
+  current->place = place;
+  run(next_fibre());
+}
+
+void preempt() {
+  if (policy == kRandom && machine.random.below(2)) return;
+  make_ready(*current);
+  run(next_fibre());
+}
+
+static void sleep(const void* place) {
+  current->state = State::kNapping;
+  current->waits_for = "polling";
+  current->place = place;
+  ++machine.naps_since_event;
+  napping.push_back(current);
+  run(next_fibre());
+}
+
+void nap() { sleep(__builtin_return_address(0)); }
+
+void poll(const void* place) {
+  if (++machine.naps_since_event % 64) preempt();
+  else sleep(place);
+}
+
+// ---- errors
+
+std::string name_of(const Fibre& fibre) {
+  return "thread " + std::to_string(fibre.thread) + " of block " + std::to_string(fibre.block->index);
+}
+
+// "[library+0xoffset]", which emulate.py turns into a line of the CUDA text.
+std::string name_of(const void* place) {
+  Dl_info object;
+  if (!place || !dladdr(place, &object)) return "an unknown place";
+  char text[32];
+  snprintf(text, sizeof text, "+0x%zx]", size_t(uintptr_t(place) - uintptr_t(object.dli_fbase)));
+  return std::string("[") + object.dli_fname + text;
+}
+
+static const char* const kPolicyNames[] = {"round_robin", "random", "starve", "last_first"};
+
+struct Failed {};               // from the host's own stack; a fibre is left behind instead
+
+void record(const char* detector, const std::string& what, const void* place) {
+  if (error.empty()) {
+    const Device& d = machine.device;
+    error = std::string("emulator: ") + detector + ": " + what + (place ? "\n  at " + name_of(place) : "") +
+            "\n  seed " + std::to_string(seed) + ", policy " + kPolicyNames[policy] + ", launch " + std::to_string(launches) +
+            " since set_schedule; device: " + std::to_string(d.multiprocessors) + " multiprocessors, " +
+            std::to_string(d.shared_bytes) + " bytes of shared memory, capability " + std::to_string(d.capability / 10) + "." +
+            std::to_string(d.capability % 10);
+  }
+}
+
+void fail(const char* detector, const std::string& what, const void* place) {
+  record(detector, what, place);
+  if (current == nullptr) throw Failed();
+  leave_to_host();
+  __builtin_unreachable();
+}
+
+// One line for each group of neighbouring threads that wait alike.
+static void report_deadlock() {
+  std::string text = "no thread can go on:";
+  for (const auto& block : machine.slots) {
+    if (!block) continue;
+    std::string previous;
+    unsigned first = 0, last = 0;
+    const auto flush = [&] {
+      if (!previous.empty())
+        text += "\n    block " + std::to_string(block->index) + ", threads " + std::to_string(first) + " to " +
+                std::to_string(last) + ": " + previous;
+    };
+    for (const Fibre& fibre : block->fibres) {
+      std::string now = "finished";
+      if (fibre.state != State::kFinished) now = std::string(fibre.waits_for) + " at " + name_of(fibre.place);
+      if (fibre.state == State::kBlocked && !strcmp(fibre.waits_for, "barrier_wait")) {
+        const unsigned offset = unsigned(uintptr_t(fibre.barrier) - uintptr_t(block->shared));
+        const Mbarrier& b = block->barriers.at(offset);
+        now += " on shared memory + " + std::to_string(offset) + " for parity " + std::to_string(fibre.parity) +
+               " (in phase " + std::to_string(b.phase) + ", " + std::to_string(b.pending) + " of " +
+               std::to_string(b.arrivals) + " arrivals and " + std::to_string(b.bytes) + " bytes missing)";
+      }
+      if (now != previous) {
+        flush();
+        previous = now;
+        first = fibre.thread;
+      }
+      last = fibre.thread;
+    }
+    flush();
+  }
+  fail("deadlock", text, nullptr);
+}
+
+// ---- barriers
+
+// Everyone in the block has now seen what everyone else had seen.
+static void merge_clocks(Block& block) {
+  const unsigned threads = machine.launch.threads;
+  Clock all = block.fibres[0].clock;
+  for (Fibre& fibre : block.fibres) {
+    all.at[fibre.thread] = fibre.clock.at[fibre.thread]++;  // nobody knows more of a thread than itself
+    for (size_t i = threads; i < all.at.size(); ++i) all.at[i] = std::max(all.at[i], fibre.clock.at[i]);
+  }
+  for (Fibre& fibre : block.fibres) {
+    const Time own = fibre.clock.at[fibre.thread];
+    fibre.clock = all;
+    fibre.clock.at[fibre.thread] = own;
+  }
+}
+
+void sync_block() {
+  const void* place = __builtin_return_address(0);
+  Block& block = *current->block;
+  if (block.finished) fail("barrier", name_of(*current) + " reaches __syncthreads after other threads have returned", place);
+  if (++block.at_barrier < machine.launch.threads) return block_on("__syncthreads", place);
+  block.at_barrier = 0;
+  merge_clocks(block);
+  for (Fibre& fibre : block.fibres)
+    if (&fibre != current) make_ready(fibre);
+  preempt();
+}
+
+static unsigned at_grid_barrier;
+void sync_grid() {
+  const void* place = __builtin_return_address(0);
+  if (!machine.launch.cooperative) fail("barrier", "a barrier of the grid in a launch that is not cooperative", place);
+  if (++at_grid_barrier < machine.launch.blocks() * machine.launch.threads) return block_on("grid.sync", place);
+  at_grid_barrier = 0;
+  if (++machine.grid_barriers == kMaxGridBarriers) fail("limit", "too many barriers of the grid", place);
+  for (auto& block : machine.slots) {
+    if (!block) continue;
+    merge_clocks(*block);
+    for (Fibre& fibre : block->fibres)
+      if (&fibre != current) make_ready(fibre);
+  }
+  preempt();
+}
+
+// Lanes of a warp meet: each brings a value and an argument; the last one to come serves them all by `finish`.
+template <typename Finish>
+static void meet(const char* operation, unsigned mask, uint64_t value, uint64_t argument, const void* place, Finish finish) {
+  Block& block = *current->block;
+  const unsigned warp = current->thread / 32, first = warp * 32, me = current->thread % 32;
+  const unsigned lanes = std::min(32u, machine.launch.threads - first);
+  if (lanes < 32) mask &= (1u << lanes) - 1;
+  if (!(mask >> me & 1)) fail("warp", name_of(*current) + " calls " + operation + " without being in its mask", place);
+  auto& meetings = block.meetings[warp];
+  auto meeting = std::find_if(meetings.begin(), meetings.end(), [&](const Rendezvous& r) { return (r.mask & mask) != 0; });
+  if (meeting == meetings.end()) {
+    for (unsigned lane = 0; lane < lanes; ++lane)
+      if ((mask >> lane & 1) && block.fibres[first + lane].state == State::kFinished)
+        fail("warp", name_of(*current) + " calls " + operation + " with lane " + std::to_string(lane) + ", which has returned", place);
+    meeting = meetings.insert(meetings.end(), Rendezvous{operation, mask, 0, {}, {}});
+  }
+  if (meeting->mask != mask || strcmp(meeting->operation, operation))
+    fail("warp", name_of(*current) + " calls " + operation + " while other lanes of its warp wait in " + meeting->operation, place);
+  meeting->arrived |= 1u << me;
+  meeting->value[me] = value;
+  meeting->argument[me] = argument;
+  if (meeting->arrived != mask) return block_on(operation, place);
+  const Rendezvous done = *meeting;
+  meetings.erase(meeting);
+  finish(done, &block.fibres[first]);
+  for (unsigned lane = 0; lane < lanes; ++lane)
+    if ((mask >> lane & 1) && lane != me) make_ready(block.fibres[first + lane]);
+  preempt();
+}
+
+void sync_warp(unsigned mask) {
+  meet("__syncwarp", mask, 0, 0, __builtin_return_address(0), [](const Rendezvous& r, Fibre* lanes) {
+    Clock all = current->clock;
+    for (unsigned i = 0; i < 32; ++i)
+      if (r.mask >> i & 1) all.join(lanes[i].clock);
+    for (unsigned i = 0; i < 32; ++i) {
+      if (!(r.mask >> i & 1)) continue;
+      const Time own = lanes[i].clock.at[lanes[i].thread] + 1;
+      lanes[i].clock = all;
+      lanes[i].clock.at[lanes[i].thread] = own;
+    }
+  });
+}
+
+uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane) {
+  const void* place = __builtin_return_address(0);
+  meet("__shfl_sync", mask, value, from_lane, place, [place](const Rendezvous& r, Fibre* lanes) {
+    for (unsigned i = 0; i < 32; ++i) {
+      if (!(r.mask >> i & 1)) continue;
+      if (!(r.mask >> (r.argument[i] & 31) & 1))
+        fail("warp", name_of(lanes[i]) + " shuffles from lane " + std::to_string(r.argument[i]) + ", which is not in the mask", place);
+      lanes[i].result = r.value[r.argument[i] & 31];
+    }
+  });
+  return current->result;
+}
+
+unsigned ballot(unsigned mask, bool predicate) {
+  meet("a vote", mask, predicate, 0, __builtin_return_address(0), [](const Rendezvous& r, Fibre* lanes) {
+    unsigned bits = 0;
+    for (unsigned i = 0; i < 32; ++i)
+      if (r.mask >> i & 1) bits |= unsigned(r.value[i]) << i;
+    for (unsigned i = 0; i < 32; ++i)
+      if (r.mask >> i & 1) lanes[i].result = bits;
+  });
+  return unsigned(current->result);
+}
+
+unsigned lane() { return current->thread % 32; }
+unsigned char* shared_memory() { return current->block->shared; }
+
+// ---- fibres and blocks
+
+constexpr size_t kStackBytes = 64 * 1024, kGuardBytes = 4096;
+
+// Stacks and shared memory are mapped once and kept, each behind an unmapped page.
+static char* mapping(std::vector<char*>& pool, size_t index, size_t bytes) {
+  while (pool.size() <= index) {
+    char* memory = static_cast<char*>(mmap(nullptr, bytes + kGuardBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (memory == MAP_FAILED || mprotect(memory + kGuardBytes, bytes, PROT_READ | PROT_WRITE) != 0) abort();
+    pool.push_back(memory + kGuardBytes);
+  }
+  return pool[index];
+}
+
+static void fibre_main() {
+  body(body_arguments);
+  Fibre& fibre = *current;
+  Block& block = *fibre.block;
+  if (!fibre.untracked.empty()) fail("barrier", name_of(fibre) + " returns with copies that no mbarrier tracks", nullptr);
+  if (block.at_barrier) fail("barrier", name_of(fibre) + " returns while other threads wait at __syncthreads", nullptr);
+  fibre.state = State::kFinished;
+  machine.naps_since_event = 0;
+  if (++block.finished == machine.launch.threads) leave_to_host();  // which cleans up, then runs the others
+  run(next_fibre());
+}
+
+static void start_block(unsigned slot) {
+  static std::vector<char*> stacks, shared;
+  const Launch& launch = machine.launch;
+  machine.slots[slot] = std::make_unique<Block>();
+  Block& block = *machine.slots[slot];
+  block.index = block_order[next_block++];
+  block.slot = slot;
+  block.shared = reinterpret_cast<unsigned char*>(mapping(shared, slot, 256 * 1024));
+  poison(block.shared, launch.shared_bytes);
+  block.cells.assign((launch.shared_bytes + kCellBytes - 1) / kCellBytes, Cell{});
+  block.meetings.resize((launch.threads + 31) / 32);
+  block.fibres.resize(launch.threads);
+  for (unsigned thread = 0; thread < launch.threads; ++thread) {
+    Fibre& fibre = block.fibres[thread];
+    fibre.block = &block;
+    fibre.thread = thread;
+    fibre.clock.at.assign(launch.threads + kCopyAgents, 0);
+    fibre.clock.at[thread] = 1;
+    char* low = mapping(stacks, slot * launch.threads + thread, kStackBytes);
+    // Staggered, or the hot ends of all stacks would compete for the same lines of the cache.
+    auto** top = reinterpret_cast<void**>(low + kStackBytes - 64 * (1 + thread % 32));
+    *--top = nullptr;
+    void** stack = top - kSavedWords - (kReturnWord == kSavedWords ? 1 : 0);
+    memset(stack, 0, kSavedWords * sizeof(void*));
+    stack[kReturnWord] = reinterpret_cast<void*>(fibre_main);
+    fibre.stack_pointer = stack;
+    fibre.stack_low = uintptr_t(low);
+    fibre.stack_high = uintptr_t(low) + kStackBytes;
+    make_ready(fibre);
+  }
+}
+
+static void finish_block(Block& block) {
+  for (const Copies& copies : machine.in_flight)
+    if (copies.block == &block) fail("barrier", "block " + std::to_string(block.index) + " ends with copies in flight", nullptr);
+  --blocks_left;
+  const unsigned slot = block.slot;
+  machine.slots[slot].reset();
+  if (next_block < block_order.size()) start_block(slot);
+}
+
+// ---- launches
+
+static int refuse(int code) { return last_error_code = code; }
+
+int launch(const Launch& launch, void (*launch_body)(const void*), const void* arguments, size_t argument_bytes) {
+  const Device& device = machine.device;
+  const unsigned resident = unsigned(device.multiprocessors * device.blocks_per_multiprocessor);
+  const auto limit = shared_limits.find(launch.kernel);
+  if (launch.blocks() == 0 || launch.threads == 0 || launch.threads > 1024) return refuse(9);
+  if (launch.shared_bytes > size_t(limit == shared_limits.end() ? std::min(device.shared_bytes, 48 * 1024) : limit->second))
+    return refuse(1);
+  if (launch.cooperative && launch.blocks() > resident) return refuse(720);
+  if (!error.empty()) return refuse(719);
+  ++launches;
+  if (launch.blocks() >= kMaxBlocks) record("limit", "more blocks than the emulator can number", nullptr);
+
+  machine.launch = launch;
+  machine.arguments_begin = uintptr_t(arguments);
+  machine.arguments_end = uintptr_t(arguments) + argument_bytes;
+  machine.random = {seed * 0x9e3779b97f4a7c15ull + launches};
+  machine.slots.clear();
+  machine.slots.resize(std::min(launch.blocks(), resident));
+  machine.in_flight.clear();
+  machine.stores.clear();
+  machine.reads.clear();
+  machine.grid_barriers = at_grid_barrier = 0;
+  machine.naps_since_event = 0;
+  for (Range& range : ranges()) reset_cells(range);
+  ready.clear();
+  napping.clear();
+  sequence = 0;
+  Random& random = machine.random;
+  copies_hurry = random.below(2);
+  shuffle_window = random.below(2) ? 64 : 1 << 20;
+  victim = {int(random.below(launch.blocks())), int(random.below((launch.threads + 31) / 32))};
+  if (const uint64_t which = random.below(3); which < 2) (which ? victim.block : victim.warp) = -1;
+  block_order.resize(launch.blocks());
+  for (unsigned i = 0; i < launch.blocks(); ++i) block_order[i] = i;
+  if (policy != kRoundRobin)
+    for (unsigned i = launch.blocks(); i > 1; --i) std::swap(block_order[i - 1], block_order[random.below(i)]);
+  next_block = 0;
+  blocks_left = launch.blocks();
+  body = launch_body;
+  body_arguments = arguments;
+  blockDim = dim3(launch.threads);
+  gridDim = dim3(launch.grid_x, launch.grid_y);
+  for (unsigned slot = 0; slot < machine.slots.size(); ++slot) start_block(slot);
+  while (blocks_left > 0 && error.empty()) {
+    try {
+      run(next_fibre());
+      for (auto& block : machine.slots)
+        if (block && block->finished == launch.threads) finish_block(*block);
+    } catch (const Failed&) {
+    }
+  }
+  machine.slots.clear();
+  while (!machine.stores.empty()) show(0);
+  return refuse(error.empty() ? 0 : 719);
+}
+
+int attribute(int which, int* value) {
+  const Device& device = machine.device;
+  const std::map<int, int> values = {
+      {1, 1024}, {8, std::min(device.shared_bytes, 48 * 1024)}, {10, 32}, {16, device.multiprocessors}, {38, 1 << 20},
+      {39, 2048}, {75, device.capability / 10}, {76, device.capability % 10}, {81, device.shared_bytes + 1024}, {95, 1},
+      {97, device.shared_bytes}, {111, 1024}};
+  const auto found = values.find(which);
+  if (found == values.end()) return refuse(801);
+  *value = found->second;
+  return 0;
+}
+
+int set_shared_limit(const void* kernel, int bytes) {
+  if (bytes > machine.device.shared_bytes) return refuse(1);
+  shared_limits[kernel] = bytes;
+  return 0;
+}
+
+int last_error(bool clear) {
+  const int code = last_error_code;
+  if (clear) last_error_code = 0;
+  return code;
+}
+
+int capability() { return machine.device.capability; }
+
+// ---- what emulate.py calls, through ctypes
+
+static bool in_call;
+
+extern "C" {
+void emulator_set_device(int multiprocessors, int shared_bytes, int capability, int blocks_per_multiprocessor) {
+  machine.device = {multiprocessors, shared_bytes, capability, blocks_per_multiprocessor};
+  shared_limits.clear();
+}
+
+void emulator_set_schedule(uint64_t new_seed, int new_policy) {
+  seed = new_seed;
+  policy = Policy(new_policy);
+  launches = 0;
+}
+
+// A call of the operator: kernels may touch the ranges exposed for it and what it allocates.
+void emulator_begin() {
+  ranges().clear();
+  error.clear();
+  last_error_code = 0;
+  in_call = true;
+}
+
+void emulator_expose(uintptr_t address, size_t bytes, int writable, int fresh, const char* name) {
+  if (!in_call || bytes == 0) return;
+  Range range{address, address + bytes, writable != 0, fresh != 0, name, {}};
+  auto& all = ranges();
+  all.insert(std::upper_bound(all.begin(), all.end(), range, [](const Range& a, const Range& b) { return a.begin < b.begin; }),
+             std::move(range));
+}
+
+int emulator_in_call() { return in_call; }
+
+// Memory that the operator frees before it returns: a kernel that still runs on a GPU may use it no more than others.
+void emulator_conceal(uintptr_t address) {
+  auto& all = ranges();
+  all.erase(std::remove_if(all.begin(), all.end(), [&](const Range& r) { return r.begin == address; }), all.end());
+}
+
+const char* emulator_end() {
+  in_call = false;
+  ranges().clear();
+  return error.c_str();
+}
+}
+
+}  // namespace emulator
