@@ -525,7 +525,7 @@ def check_case(target: Target, case: Case) -> str:
         with torch.no_grad():
             y = ours(x)
             try:
-                y_torch = theirs(x)
+                y_torch = theirs(x.clone())  # torch's own kernels fault on some unaligned views
             except (RuntimeError, ValueError):  # a size or a mix of types that torch cannot do
                 y_torch = None
         if target.cuda:
@@ -681,7 +681,7 @@ def backward(target: Target) -> str:
     if target.cuda:  # PyTorch's CPU backward, which stands in on emulated devices, wants half-type statistics for these
         types += [(F16, F16), (BF16, BF16)]
     for (dtype, params), training in itertools.product(types, (True, False)):
-        x, dy = random_x(target, *shape, dtype=dtype), random_x(target, *shape, dtype=dtype, seed=1)
+        x, dy = random_x(target, *shape, dtype=dtype), random_x(target, *shape, dtype=dtype, seed=1) / 16  # sums that float16 holds
         ours, theirs = make_pair(target, x.shape[1], params, training)
         oracle = make_oracle(x, theirs)
         gradients = []

@@ -65,6 +65,7 @@ FUSED_BATCH_NORM_CUDA = r'''
 
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 #include <type_traits>
 
 namespace {
@@ -79,8 +80,9 @@ constexpr int kOverheadBytes = 6144;  // of shared memory, for all but the ring
 constexpr int kMaxTeamPerLane = 5;    // blocks that one lane of an exchange warp listens to: teams of up to 160
 constexpr int kAtOnce = 4;            // vectors that a lane has on their way from shared memory
 constexpr int kHoldThreads = 384;     // 12 warps with 168 registers a thread, for channels that the ring cannot hold:
-constexpr int kHeldTiles = 2;         // tiles that each statistics warp then keeps in registers ...
-constexpr int kHeldVectors = 15;      // ... of up to so many vectors a lane
+constexpr int kHeldVectors = 15;      // vectors a lane of a tile that a warp keeps in registers
+template <typename T, bool kMasked>
+constexpr int kHeldTiles = kMasked || sizeof(T) == 8 ? 1 : 2;  // such tiles of a warp: as many as spill nothing
 
 // ---------------------------------------------------------------------------------------------
 // The hardware: all that is not plain CUDA C++, each in one function
@@ -187,14 +189,12 @@ __device__ void copy_bulk(void* shared, const void* global, unsigned bytes, Barr
 #endif
 }
 
-// 16 bytes by this thread; those past `valid_bytes` are not read, and arrive as zeros.
-__device__ void copy_16(void* shared, const void* global, unsigned valid_bytes) {
+// 16 bytes by this thread, some time later.
+__device__ void copy_16(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               ::"r"(shared_address(shared)), "l"(global), "r"(valid_bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 #else
-  for (unsigned i = 0; i < 16; ++i)
-    static_cast<unsigned char*>(shared)[i] = i < valid_bytes ? static_cast<const unsigned char*>(global)[i] : 0;
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
 #endif
 }
 
@@ -252,9 +252,21 @@ __device__ void store_vector(V* address, const V& vector, bool streaming) {
 // Types
 // ---------------------------------------------------------------------------------------------
 template <typename T>
-struct alignas(kVectorBytes) Vector {
+struct alignas(kVectorBytes) Vector {  // kept as words: as elements, 16-bit ones would take a register each
   static constexpr int kSize = kVectorBytes / sizeof(T);
-  T element[kSize];
+  unsigned word[4] = {};
+  __device__ T get(int i) const {
+    unsigned bits[2] = {word[i * sizeof(T) / 4] >> (i * sizeof(T) % 4 * 8), sizeof(T) == 8 ? word[i * 2 % 4 + 1] : 0};
+    T element;
+    memcpy(&element, bits, sizeof(T));
+    return element;
+  }
+  __device__ void set(int i, T element) {  // in rising order of i
+    unsigned bits[2] = {};
+    memcpy(bits, &element, sizeof(T));
+    word[i * sizeof(T) / 4] |= bits[0] << (i * sizeof(T) % 4 * 8);
+    if (sizeof(T) == 8) word[i * 2 % 4 + 1] = bits[1];
+  }
 };
 
 template <typename T> struct Accumulator { using type = float; };
@@ -310,7 +322,7 @@ struct Plan {
   unsigned step_vectors, step_offset;  // from a block's tile to its next: vectors in all, beyond whole planes,
   int64_t step_elements;               // and the elements of x that those planes are apart
   int tiles;             // tiles of one channel in one block, in this order:
-  int held;              // ... kept in registers, kHeldTiles by each statistics warp
+  int held;              // ... kept in registers, as many by each statistics warp
   int streamed;          // ... let go after the sums and read again; the rest stays in the ring
   int slots;             // tiles that the ring has room for: a multiple of the warps of each role that goes round it
   int channel_slots;     // channels that can be under way in a block
@@ -441,6 +453,16 @@ struct Place {
   __device__ int count() const { return max(end - begin, 0); }
 };
 
+// What of one vector of x belongs to the plane, element by element.
+template <typename T, bool kMasked>
+__device__ Vector<T> elementwise(const Block& b, const Place<T, kMasked>& place) {
+  Vector<T> x;
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kSize; ++i)
+    if (place.has(i)) x.set(i, static_cast<const T*>(b.a.call.x)[place.element + i]);
+  return x;
+}
+
 // Sums about a pivot: with d = x − pivot, s1 = Σ d and s2 = Σ d².
 template <typename A>
 struct Sums {
@@ -450,7 +472,7 @@ struct Sums {
   __device__ void add(const Vector<T>& x, const Place<T, kMasked>& place, A pivot) {
 #pragma unroll
     for (int i = 0; i < Vector<T>::kSize; ++i) {
-      const A d = place.has(i) ? widen(x.element[i]) - pivot : A(0);
+      const A d = place.has(i) ? widen(x.get(i)) - pivot : A(0);
       s1 += d;
       s2 += d * d;
     }
@@ -469,27 +491,15 @@ template <typename T, bool kMasked, typename A>
 __device__ void normalise(const Block& b, const Vector<T>& x, const Place<T, kMasked>& place, const Result<A>& r) {
   Vector<T> y;
 #pragma unroll
-  for (int i = 0; i < Vector<T>::kSize; ++i) y.element[i] = narrow<T>((widen(x.element[i]) - r.mean) * r.scale + r.shift);
+  for (int i = 0; i < Vector<T>::kSize; ++i) y.set(i, narrow<T>((widen(x.get(i)) - r.mean) * r.scale + r.shift));
   T* const to = static_cast<T*>(b.a.call.y) + place.element;
   if (!kMasked || place.count() == Vector<T>::kSize) {
     store_vector(reinterpret_cast<Vector<T>*>(to), y, b.a.plan.streamed > 0);
   } else {
 #pragma unroll
     for (int i = 0; i < Vector<T>::kSize; ++i)
-      if (place.has(i)) to[i] = y.element[i];
+      if (place.has(i)) to[i] = y.get(i);
   }
-}
-
-// One vector of x once more. Nothing past the end of x is read.
-template <typename T, bool kMasked>
-__device__ Vector<T> reload(const Block& b, const Place<T, kMasked>& place, int64_t elements) {
-  const T* const from = static_cast<const T*>(b.a.call.x) + place.element;
-  if (!kMasked || place.element + Vector<T>::kSize <= elements) return load_vector(reinterpret_cast<const Vector<T>*>(from));
-  Vector<T> x;
-#pragma unroll
-  for (int i = 0; i < Vector<T>::kSize; ++i)
-    if (place.has(i)) x.element[i] = from[i];
-  return x;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -589,12 +599,14 @@ struct Producer {
       const int64_t elements = b.a.call.N * b.a.call.C * b.a.call.HW;
 #pragma unroll 2
       for (unsigned v = warp * 32 + b.lane; v < tile.count; v += p.producers * 32) {
-        const Place<T, kMasked> from(b, tile, v);  // nothing past the end of x is read
-        const int64_t valid = from.count() == 0 ? 0 : min(int64_t(Vector<T>::kSize), elements - from.element);
-        copy_16(to + v, x + from.element, unsigned(valid) * sizeof(T));
+        const Place<T, kMasked> from(b, tile, v);
+        if (from.count() > 0 && from.element + Vector<T>::kSize <= elements)
+          copy_16(to + v, x + from.element);
+        else  // nothing past the end of x is read
+          to[v] = elementwise(b, from);
       }
       copies_arrive(full);
-      if (warp == 0 && b.lane == 0) barrier_arrive(full);  // orders what the copies' own arrivals do not
+      barrier_arrive(full);  // for all but the copies, whose own arrival orders nothing else
     }
   }
 };
@@ -684,16 +696,17 @@ __device__ void summarise(const Block& b, int warp) {
 template <typename T, bool kMasked>
 __device__ void hold(const Block& b, int warp) {
   using A = typename Accumulator<T>::type;
+  constexpr int kTiles = kHeldTiles<T, kMasked>;
   const Plan& p = b.a.plan;
   const int64_t elements = b.a.call.N * b.a.call.C * b.a.call.HW;
   RingPosition position, at;
   position.advance({warp, 0}, p.slots);
   for (int64_t channel = b.first_channel; channel < b.a.call.C; channel += p.teams) {
-    Vector<T> held[kHeldTiles][kHeldVectors];
+    Vector<T> held[kTiles][kHeldVectors];
     Summary<T, kMasked> summary{b};
     int t = warp;
 #pragma unroll
-    for (int h = 0; h < kHeldTiles; ++h, t += p.statistics) {
+    for (int h = 0; h < kTiles; ++h, t += p.statistics) {
       barrier_wait(&b.shared.full[position.slot], position.parity);
       const Tile tile(b, channel, t);
       const Vector<T>* const vectors = tile_at<T>(b, position.slot);
@@ -724,13 +737,13 @@ __device__ void hold(const Block& b, int warp) {
     const Result<A> result = wait_for_result<A>(b, at);
     at.advance({1, 0}, p.channel_slots);
     // As soon as a tile in registers is stored, a streamed one comes into its place; meanwhile the ring's are stored.
-    int next = p.held + warp, in_registers[kHeldTiles];
+    int next = p.held + warp, in_registers[kTiles];
 #pragma unroll
-    for (int h = 0; h < kHeldTiles; ++h) in_registers[h] = warp + h * p.statistics;
+    for (int h = 0; h < kTiles; ++h) in_registers[h] = warp + h * p.statistics;
 #pragma unroll 1
     for (bool first = true; first || in_registers[0] >= 0; first = false) {
 #pragma unroll
-      for (int h = 0; h < kHeldTiles; ++h) {
+      for (int h = 0; h < kTiles; ++h) {
         if (in_registers[h] >= 0) {
           const Tile tile(b, channel, in_registers[h]);
 #pragma unroll
@@ -746,7 +759,12 @@ __device__ void hold(const Block& b, int warp) {
 #pragma unroll
           for (int i = 0; i < kHeldVectors; ++i) {
             const unsigned v = b.lane + 32 * i;
-            if (v < tile.count) held[h][i] = reload(b, Place<T, kMasked>(b, tile, v), elements);
+            if (v >= tile.count) continue;
+            const Place<T, kMasked> from(b, tile, v);
+            if (!kMasked || from.element + Vector<T>::kSize <= elements)
+              held[h][i] = load_vector(reinterpret_cast<const Vector<T>*>(static_cast<const T*>(b.a.call.x) + from.element));
+            else
+              held[h][i] = elementwise(b, from);
           }
         }
       }
@@ -864,8 +882,8 @@ __device__ void finish(const Block& b, int warp, double factor) {
           const double old_mean = load_parameter<T>(call.running_mean, channel, call.running_float);
           const double old_var = load_parameter<T>(call.running_var, channel, call.running_float);
           const double unbiased = sums.m2 / (sums.count - 1);
-          store_parameter<T>(call.running_mean, channel, call.running_float, old_mean + factor * (sums.mean - old_mean));
-          store_parameter<T>(call.running_var, channel, call.running_float, old_var + factor * (unbiased - old_var));
+          store_parameter<T>(call.running_mean, channel, call.running_float, (1 - factor) * old_mean + factor * sums.mean);
+          store_parameter<T>(call.running_var, channel, call.running_float, (1 - factor) * old_var + factor * unbiased);
         }
       }
     }
@@ -921,7 +939,7 @@ __global__ void __launch_bounds__(kHold ? kHoldThreads : kMaxThreads, 1) fused_b
   if (b.lane == 0) {  // one barrier after the other is faster than a warp's lanes at once
     const int warps = blockDim.x / 32;
     for (int s = warp; s < p.slots; s += warps) {
-      barrier_init(&b.shared.full[s], p.bulk ? 1 : p.producers * 32 + 1);
+      barrier_init(&b.shared.full[s], p.bulk ? 1 : p.producers * 64);
       barrier_init(&b.shared.empty[s], 1);
     }
     for (int s = warp; s < p.channel_slots; s += warps) {
@@ -970,13 +988,15 @@ struct Device {
 };
 
 // What a block moves and waits for, all in bytes (measured on an H200).
-constexpr int64_t kTileBytes = 16 * 1024;    // of a tile, at most: smaller ones cost more barriers, larger ones more grain
-constexpr int64_t kFlightBytes = 64 * 1024;  // on their way to one block
+constexpr int64_t kTileBytes = 12 * 1024;      // of a tile in a team, at most: smaller ones cost barriers, larger ones grain
+constexpr int64_t kHalfTileBytes = 8 * 1024;   // the same for 16-bit types: twice the arithmetic for a byte
+constexpr int64_t kLoneTileBytes = 16 * 1024;  // the same in a team of one, where no other block waits for a tile
+constexpr int64_t kFlightBytes = 48 * 1024;  // on their way to one block
 constexpr int64_t kRoundBytes = 4 * 1024;    // what a channel costs beside its bytes
 constexpr int64_t kWaitBytes = 48 * 1024;    // what an exchange costs that no other work hides
 
-// `size`: elements of a vector; `masked`: planes do not start and end at vectors.
-Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, bool masked) {
+// `size`: elements of a vector; `masked`: planes do not start and end at vectors; `held_tiles`: that a warp can hold.
+Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, bool masked, int held_tiles) {
   Plan p = {};
   p.plane_vectors = unsigned(std::max<int64_t>(masked ? (call.HW + size - 2) / size + 1 : call.HW / size, 1));
   p.channel_vectors = unsigned(call.N * p.plane_vectors);
@@ -991,7 +1011,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
     const int64_t share = ceil_div(p.channel_vectors, team) * kVectorBytes;
     const int64_t rounds = ceil_div(call.C, device.multiprocessors / team);
     const int64_t again = std::max<int64_t>(share - ring_bytes * 7 / 8, 0);
-    const int64_t tight = std::min<int64_t>(std::max<int64_t>(2 * share - ring_bytes, 0), ring_bytes);
+    const int64_t tight = std::min<int64_t>(std::max<int64_t>(3 * share - ring_bytes, 0), ring_bytes);
     const int64_t cost = rounds * (share + kRoundBytes + again + (team > 1 ? kWaitBytes * tight / ring_bytes : 0));
     if (cost < best) {
       best = cost;
@@ -1003,31 +1023,39 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
   p.cooperative = call.training && (p.team > 1 || (call.momentum < 0 && call.num_batches_tracked));
   p.scratch_words = call.training && p.team > 1 ? call.C * (2 * p.team + 1) : 0;
 
-  // Roles, and tiles of equal size. Tiles come in whole turns of the warps that hold; slots in whole turns of every
-  // role: then a slot is the same warp's in every round, and that warp sees each of its phases.
-  const int64_t share = ceil_div(p.channel_vectors, p.team);
-  p.hold = call.training && share * kVectorBytes > ring_bytes * 3 / 4;
+  // Roles, and tiles of equal size. Slots come in whole turns of every role, and where warps hold tiles, so do the
+  // tiles: then a slot is the same warp's in every round, and that warp sees each of its phases.
   p.bulk = !masked && device.architecture >= 90;
-  p.producers = p.bulk ? 1 : p.hold ? 1 : 4;
-  p.storers = p.hold ? 0 : 4;
-  p.statistics = p.hold ? 10 : call.training ? 4 : 0;
-  p.exchangers = p.hold ? 1 : !call.training ? 0 : p.team > 1 && p.bulk ? 6 : 4;
-  const int turn = p.hold ? p.statistics : 4;
-  const int64_t fit = std::max<int64_t>(ring_bytes / turn / kVectorBytes, 1);
-  const int64_t most = std::min<int64_t>(p.hold ? kHeldVectors * 32 : kTileBytes / kVectorBytes, fit);
-  p.tiles = int(std::max<int64_t>(ceil_div(share, most), 1));
-  if (p.hold) p.tiles = int(std::max<int64_t>(ceil_div(p.tiles, turn), kHeldTiles)) * turn;
-  p.tile_vectors = unsigned(std::max<int64_t>(ceil_div(share, p.tiles), 1));
-  if (!p.hold) p.tile_vectors = unsigned(std::min<int64_t>(ceil_div(p.tile_vectors, 32 * kAtOnce) * 32 * kAtOnce, most));  // whole rounds of a warp
-  if (!p.hold) p.tiles = int(ceil_div(p.channel_vectors, int64_t(p.team) * p.tile_vectors));
+  const int64_t share = ceil_div(p.channel_vectors, p.team);
+  const auto lay_out = [&](bool hold) {
+    p.hold = hold;
+    p.producers = p.bulk || hold ? 1 : 4;
+    p.storers = hold ? 0 : 4;
+    p.statistics = hold ? 10 : call.training ? 4 : 0;
+    p.exchangers = hold ? 1 : !call.training ? 0 : p.team > 1 && p.bulk ? 6 : 4;
+    const int turn = hold ? p.statistics : 4;
+    const int64_t fit = std::max<int64_t>(ring_bytes / turn, kVectorBytes);
+    const int64_t most_bytes = std::min<int64_t>(hold ? kHeldVectors * 32 * kVectorBytes : p.team == 1 ? kLoneTileBytes : size == 8 ? kHalfTileBytes : kTileBytes, fit);
+    const int64_t most = most_bytes / kVectorBytes;
+    p.tiles = int(std::max<int64_t>(ceil_div(share, most), 1));
+    if (hold) {
+      p.tiles = int(std::max<int64_t>(ceil_div(p.tiles, turn), held_tiles)) * turn;
+      p.tile_vectors = unsigned(std::max<int64_t>(ceil_div(share, p.tiles), 1));
+    } else {
+      p.tile_vectors = unsigned(std::max<int64_t>(std::min(ceil_div(ceil_div(share, p.tiles), 8) * 8, most), 1));  // whole 128-byte lines
+      p.tiles = int(ceil_div(p.channel_vectors, int64_t(p.team) * p.tile_vectors));
+    }
+    p.slots = int(std::min<int64_t>(ring_bytes / (int64_t(p.tile_vectors) * kVectorBytes), kMaxSlots)) / turn * turn;
+    p.held = hold ? held_tiles * p.statistics : 0;
+    p.streamed = hold ? std::max(p.tiles - p.held - p.slots, 0) : 0;
+    return p.tiles + turn <= p.slots;
+  };
+  if (!lay_out(false) && call.training) lay_out(true);
   const int64_t tile_bytes = int64_t(p.tile_vectors) * kVectorBytes;
+  p.in_flight = int(std::max<int64_t>(std::min<int64_t>(kFlightBytes / tile_bytes, p.slots - 1), 1));
   p.step_vectors = p.team * p.tile_vectors;
   p.step_offset = p.step_vectors % p.plane_vectors;
   p.step_elements = int64_t(p.step_vectors / p.plane_vectors) * call.C * call.HW;
-  p.slots = int(std::min<int64_t>(ring_bytes / tile_bytes, kMaxSlots)) / turn * turn;
-  p.in_flight = int(std::max<int64_t>(std::min<int64_t>(kFlightBytes / tile_bytes, p.slots - 1), 1));
-  p.held = p.hold ? kHeldTiles * p.statistics : 0;
-  p.streamed = p.hold ? std::max(p.tiles - p.held - p.slots, 0) : 0;
   // Where a tile is in the ring, all channels whose tiles were `slots` and more before it have been stored. Beyond
   // those, a role may be at as many channels as it has warps.
   const int warps = std::max({p.exchangers, p.storers, p.statistics});
@@ -1057,7 +1085,7 @@ const char* with_kernel(const FusedBatchNormCall& call, Use use) {
   device.architecture = attributes.ptxVersion;
   const int size = Vector<T>::kSize;
   const bool masked = call.HW % size != 0 || reinterpret_cast<uintptr_t>(call.x) % kVectorBytes != 0;
-  const Plan plan = make_plan(call, device, size, masked);
+  const Plan plan = make_plan(call, device, size, masked, masked ? kHeldTiles<T, true> : kHeldTiles<T, false>);
   if (masked) return use(plan.hold ? fused_batch_norm_forward_kernel<T, true, true> : fused_batch_norm_forward_kernel<T, true, false>, plan);
   return use(plan.hold ? fused_batch_norm_forward_kernel<T, false, true> : any, plan);
 }
@@ -1126,20 +1154,32 @@ using at::Tensor;
 using c10::ScalarType;
 using MaybeTensor = std::optional<Tensor>;
 
-// `allowed` types are x's own and float32.
-void check_parameter(const char* name, const MaybeTensor& p, const Tensor& x) {
-  if (!p.has_value()) return;
-  TORCH_CHECK(p->dim() == 1 && p->size(0) == x.size(1), name, " must have shape (C,) = (", x.size(1), ",), got ", p->sizes());
-  TORCH_CHECK(p->scalar_type() == x.scalar_type() || p->scalar_type() == ScalarType::Float,
-              name, " must be ", x.scalar_type(), " as x is, or Float, got ", p->scalar_type());
-  TORCH_CHECK(p->device() == x.device(), name, " must be on x's device ", x.device(), ", got ", p->device());
-  TORCH_CHECK(p->is_contiguous(), name, " must be contiguous, got strides ", p->strides());
+// Messages are put together without streams: in an extension whose toolchain links libstdc++ in, those crash.
+[[noreturn]] void refuse(const std::string& argument, const std::string& requirement, const std::string& got) {
+  TORCH_CHECK(false, argument + " must " + requirement + ", got " + got);
 }
 
-void check_pair(const char* name, const MaybeTensor& a, const char* other_name, const MaybeTensor& b) {
-  TORCH_CHECK(a.has_value() == b.has_value() && (!a.has_value() || a->scalar_type() == b->scalar_type()),
-              other_name, " must be given with ", name, " and have its dtype, got ",
-              a.has_value() ? toString(a->scalar_type()) : "None", " and ", b.has_value() ? toString(b->scalar_type()) : "None");
+std::string show(c10::IntArrayRef sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "(" : ", ") + std::to_string(size);
+  return sizes.empty() ? "()" : text + ")";
+}
+
+std::string show(const MaybeTensor& t) { return t ? c10::toString(t->scalar_type()) : std::string("None"); }
+
+// A parameter or a running buffer: (C,), of x's own type or float32, on x's device.
+void check_per_channel(const char* name, const MaybeTensor& p, const Tensor& x) {
+  if (!p) return;
+  if (p->dim() != 1 || p->size(0) != x.size(1)) refuse(name, "have shape (C,) = (" + std::to_string(x.size(1)) + ",) as x has C", show(p->sizes()));
+  if (p->scalar_type() != x.scalar_type() && p->scalar_type() != ScalarType::Float)
+    refuse(name, std::string("be ") + c10::toString(x.scalar_type()) + " as x is, or Float", show(p));
+  if (p->device() != x.device()) refuse(name, "be on x's device " + x.device().str(), p->device().str());
+  if (!p->is_contiguous()) refuse(name, "be contiguous", "strides " + show(p->strides()));
+}
+
+void check_pair(const char* name, const MaybeTensor& p, const char* other_name, const MaybeTensor& other) {
+  if (p.has_value() != other.has_value() || (p && p->scalar_type() != other->scalar_type()))
+    refuse(other_name, std::string("go with ") + name + " and have its dtype " + show(p), show(other));
 }
 
 int dtype_code(ScalarType type) {
@@ -1148,7 +1188,7 @@ int dtype_code(ScalarType type) {
     case ScalarType::Half: return 1;
     case ScalarType::BFloat16: return 2;
     case ScalarType::Double: return 3;
-    default: TORCH_CHECK(false, "x must be float32, float16, bfloat16 or float64, got ", type);
+    default: refuse("x", "be float32, float16, bfloat16 or float64", c10::toString(type));
   }
 }
 
@@ -1163,22 +1203,23 @@ void* data(const MaybeTensor& t) { return t.has_value() ? t->mutable_data_ptr() 
 std::tuple<Tensor, Tensor, Tensor> fused_batch_norm_forward(
     const Tensor& x_any, const MaybeTensor& gamma, const MaybeTensor& beta, const MaybeTensor& running_mean,
     const MaybeTensor& running_var, const MaybeTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps) {
-  TORCH_CHECK_VALUE(x_any.dim() == 4, "x must be 4-D (N, C, H, W), got ", x_any.dim(), "-D ", x_any.sizes());
-  TORCH_CHECK(x_any.is_cuda(), "x must be on a CUDA device, got ", x_any.device());
+  if (x_any.dim() != 4) throw pybind11::value_error("x must be 4-D (N, C, H, W), got " + show(x_any.sizes()));
+  if (!x_any.is_cuda()) refuse("x", "be on a CUDA device", x_any.device().str());
   const int dtype = dtype_code(x_any.scalar_type());
   const int64_t N = x_any.size(0), C = x_any.size(1), HW = x_any.size(2) * x_any.size(3);
-  check_parameter("gamma", gamma, x_any);
-  check_parameter("beta", beta, x_any);
-  check_parameter("running_mean", running_mean, x_any);
-  check_parameter("running_var", running_var, x_any);
+  check_per_channel("gamma", gamma, x_any);
+  check_per_channel("beta", beta, x_any);
+  check_per_channel("running_mean", running_mean, x_any);
+  check_per_channel("running_var", running_var, x_any);
   check_pair("gamma", gamma, "beta", beta);
   check_pair("running_mean", running_mean, "running_var", running_var);
-  TORCH_CHECK(training || running_mean.has_value(), "running_mean must be given in eval mode, got None");
-  if (num_batches_tracked.has_value())
-    TORCH_CHECK(num_batches_tracked->scalar_type() == ScalarType::Long && num_batches_tracked->numel() == 1 && num_batches_tracked->device() == x_any.device(),
-                "num_batches_tracked must be one int64 on ", x_any.device(), ", got ", num_batches_tracked->sizes(), " ", num_batches_tracked->scalar_type(), " on ", num_batches_tracked->device());
-  TORCH_CHECK_VALUE(!training || N * HW != 1, "x must have more than 1 value per channel when training, got ", x_any.sizes());
-  TORCH_CHECK(HW < (int64_t(1) << 31), "x must have H*W below 2**31, got ", HW);
+  if (!training && !running_mean) refuse("running_mean", "be given in eval mode", "None");
+  if (const auto& t = num_batches_tracked; t && (t->scalar_type() != ScalarType::Long || t->numel() != 1 || t->device() != x_any.device()))
+    refuse("num_batches_tracked", "be one int64 on " + x_any.device().str(), show(t->sizes()) + " " + show(t) + " on " + t->device().str());
+  if (training && N * HW == 1)
+    throw pybind11::value_error("x must have more than 1 value per channel when training, got " + show(x_any.sizes()));
+  // The kernel numbers a channel's 16-byte vectors (two more a plane for its edges) in 31 bits.
+  if (N * (HW * int64_t(x_any.element_size()) / 16 + 2) >= (int64_t(1) << 31) - (1 << 20)) refuse("x", "have less than 32 GB a channel", show(x_any.sizes()));
 
   const c10::DeviceGuard guard(x_any.device());
 
@@ -1226,7 +1267,7 @@ std::tuple<Tensor, Tensor, Tensor> fused_batch_norm_forward(
         return c->scratch->mutable_data_ptr();
       },
       &context, c10::cuda::getCurrentCUDAStream(x.device().index()).stream());
-  TORCH_CHECK(error == nullptr, "fused_batch_norm_forward_kernel must be launchable on ", x.device(), ", got CUDA error: ", error);
+  if (error) refuse("fused_batch_norm_forward_kernel", "be launchable on " + x.device().str(), std::string("CUDA error: ") + error);
   if (!x.is_same(x_any)) y = y.contiguous(x_any.suggest_memory_format());
   return {y, mean, inv_std};
 }
@@ -1244,7 +1285,7 @@ std::string fused_batch_norm_plan(int64_t N, int64_t C, int64_t HW, ScalarType d
   call.training = training;
   char text[1024];
   const char* error = fused_batch_norm_describe(&call, text, sizeof text);
-  TORCH_CHECK(error == nullptr, "the current device must be able to run the kernel, got CUDA error: ", error);
+  if (error) refuse("the current device", "run the kernel", std::string("CUDA error: ") + error);
   return text;
 }
 
@@ -1280,7 +1321,7 @@ def _build_fused_batch_norm():
         cpp_sources=[FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CPP],
         cuda_sources=[FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CUDA],
         extra_cflags=["-O1"],  # it only checks and launches
-        extra_cuda_cflags=["-O3", *architectures],
+        extra_cuda_cflags=["-O3", "-split-compile=0", *architectures],
         no_implicit_headers=True,
     )
     return module, None
