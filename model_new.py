@@ -79,6 +79,7 @@ constexpr int kMaxSlots = 32;         // tiles in a block's ring: more barriers 
 constexpr int kOverheadBytes = 6144;  // of shared memory, for all but the ring
 constexpr int kMaxTeamPerLane = 5;    // blocks that one lane of an exchange warp listens to: teams of up to 160
 constexpr int kAtOnce = 4;            // vectors that a lane has on their way from shared memory
+constexpr int kAtOnceHolding = 3;     // the same where most registers hold tiles
 constexpr int kHoldThreads = 384;     // 12 warps with 168 registers a thread, for channels that the ring cannot hold:
 constexpr int kHeldVectors = 15;      // vectors a lane of a tile that a warp keeps in registers
 template <typename T, bool kMasked>
@@ -511,7 +512,7 @@ __device__ Vector<T>* tile_at(const Block& b, int slot) {
 }
 
 // Calls use(i, v, vector) for this lane's vectors of a tile, kAtOnce at a time; i counts those.
-template <typename T, typename Use>
+template <int kAtOnce, typename T, typename Use>
 __device__ void for_each_vector(const Vector<T>* tile, unsigned count, int lane, Use use) {
   unsigned v = lane;
 #pragma unroll 1
@@ -612,7 +613,7 @@ struct Producer {
 };
 
 // A statistics warp's sums over its tiles of one channel, as they land.
-template <typename T, bool kMasked, typename A = typename Accumulator<T>::type>
+template <typename T, bool kMasked, int kAtOnce, typename A = typename Accumulator<T>::type>
 struct Summary {
   const Block& b;
   A pivot = 0;
@@ -635,7 +636,7 @@ struct Summary {
 
   __device__ void add(const Vector<T>* vectors, const Tile& tile) {
     Sums<A> part[kAtOnce];
-    for_each_vector(vectors, tile.count, b.lane,
+    for_each_vector<kAtOnce>(vectors, tile.count, b.lane,
                     [&](int i, unsigned v, const Vector<T>& x) { part[i].add(x, Place<T, kMasked>(b, tile, v), pivot); });
     add(part);
   }
@@ -672,7 +673,7 @@ __device__ void summarise(const Block& b, int warp) {
     if (first < p.tiles) {
       RingPosition position = channel_start;
       position.advance({first, 0}, p.slots);
-      Summary<T, kMasked> summary{b};
+      Summary<T, kMasked, kAtOnce> summary{b};
       for (int t = first; t < p.tiles; t += p.statistics) {
         barrier_wait(&b.shared.full[position.slot], position.parity);
         const Tile tile(b, channel, t);
@@ -703,7 +704,7 @@ __device__ void hold(const Block& b, int warp) {
   position.advance({warp, 0}, p.slots);
   for (int64_t channel = b.first_channel; channel < b.a.call.C; channel += p.teams) {
     Vector<T> held[kTiles][kHeldVectors];
-    Summary<T, kMasked> summary{b};
+    Summary<T, kMasked, kAtOnceHolding> summary{b};
     int t = warp;
 #pragma unroll
     for (int h = 0; h < kTiles; ++h, t += p.statistics) {
@@ -711,13 +712,13 @@ __device__ void hold(const Block& b, int warp) {
       const Tile tile(b, channel, t);
       const Vector<T>* const vectors = tile_at<T>(b, position.slot);
       if (h == 0) summary.choose_pivot(vectors, tile);
-      Sums<A> part[kAtOnce];
+      Sums<A> part[kAtOnceHolding];
 #pragma unroll
       for (int i = 0; i < kHeldVectors; ++i) {
         const unsigned v = b.lane + 32 * i;
         if (v < tile.count) {
           held[h][i] = vectors[v];
-          part[i % kAtOnce].add(held[h][i], Place<T, kMasked>(b, tile, v), summary.pivot);
+          part[i % kAtOnceHolding].add(held[h][i], Place<T, kMasked>(b, tile, v), summary.pivot);
         }
       }
       summary.add(part);
@@ -737,25 +738,22 @@ __device__ void hold(const Block& b, int warp) {
     const Result<A> result = wait_for_result<A>(b, at);
     at.advance({1, 0}, p.channel_slots);
     // As soon as a tile in registers is stored, a streamed one comes into its place; meanwhile the ring's are stored.
-    int next = p.held + warp, in_registers[kTiles];
-#pragma unroll
-    for (int h = 0; h < kTiles; ++h) in_registers[h] = warp + h * p.statistics;
+    const int end = p.held + p.streamed;
 #pragma unroll 1
-    for (bool first = true; first || in_registers[0] >= 0; first = false) {
+    for (int first = warp; first < end; first += p.held) {
 #pragma unroll
       for (int h = 0; h < kTiles; ++h) {
-        if (in_registers[h] >= 0) {
-          const Tile tile(b, channel, in_registers[h]);
+        const int stored = first + h * p.statistics, next = stored + p.held;
+        if (stored < end) {
+          const Tile tile(b, channel, stored);
 #pragma unroll
           for (int i = 0; i < kHeldVectors; ++i) {
             const unsigned v = b.lane + 32 * i;
             if (v < tile.count) normalise(b, held[h][i], Place<T, kMasked>(b, tile, v), result);
           }
         }
-        in_registers[h] = next < p.held + p.streamed ? next : -1;
-        if (in_registers[h] >= 0) {
+        if (next < end) {
           const Tile tile(b, channel, next);
-          next += p.statistics;
 #pragma unroll
           for (int i = 0; i < kHeldVectors; ++i) {
             const unsigned v = b.lane + 32 * i;
@@ -768,9 +766,9 @@ __device__ void hold(const Block& b, int warp) {
           }
         }
       }
-      for (t = p.held + p.streamed + warp; first && t < p.tiles; t += p.statistics) {
+      for (t = end + warp; first == warp && t < p.tiles; t += p.statistics) {
         const Tile tile(b, channel, t);
-        for_each_vector(tile_at<T>(b, resident.slot), tile.count, b.lane,
+        for_each_vector<kAtOnceHolding>(tile_at<T>(b, resident.slot), tile.count, b.lane,
                         [&](int, unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, kMasked>(b, tile, v), result); });
         release(b, resident.slot);
         resident.advance({p.statistics, 0}, p.slots);
@@ -819,32 +817,24 @@ __device__ Partial exchange(const Block& b, int64_t channel, const Partial& own)
   }
   __syncwarp();
 
-  Partial part[kMaxTeamPerLane];
-  bool missing[kMaxTeamPerLane], any = true;
+  Word mean[kMaxTeamPerLane], m2[kMaxTeamPerLane];
 #pragma unroll
-  for (int i = 0; i < kMaxTeamPerLane; ++i) {
-    missing[i] = lane + 32 * i < team;
-    part[i] = Partial{0, 0, 0};
-  }
-  while (any) {
-    Word mean[kMaxTeamPerLane], m2[kMaxTeamPerLane];
+  for (int i = 0; i < kMaxTeamPerLane; ++i) mean[i] = m2[i] = Word{0, lane + 32 * i < team ? 0u : 1u};  // beyond the team: 0 elements
+  for (bool missing = true; missing;) {
 #pragma unroll
     for (int i = 0; i < kMaxTeamPerLane; ++i)
-      if (missing[i]) {
+      if (mean[i].tag == 0 || m2[i].tag == 0) {
         mean[i] = load_word(&words[(lane + 32 * i) * 2]);
         m2[i] = load_word(&words[(lane + 32 * i) * 2 + 1]);
       }
-    any = false;
+    missing = false;
 #pragma unroll
-    for (int i = 0; i < kMaxTeamPerLane; ++i)
-      if (missing[i] && mean[i].tag != 0 && m2[i].tag != 0) {
-        part[i] = Partial{mean[i].value, m2[i].value, double(mean[i].tag - 1)};
-        missing[i] = false;
-      } else {
-        any = any || missing[i];
-      }
+    for (int i = 0; i < kMaxTeamPerLane; ++i) missing = missing || mean[i].tag == 0 || m2[i].tag == 0;
   }
   __syncwarp();
+  Partial part[kMaxTeamPerLane];
+#pragma unroll
+  for (int i = 0; i < kMaxTeamPerLane; ++i) part[i] = Partial{mean[i].value, m2[i].value, double(mean[i].tag - 1)};
   return merge(part);
 }
 
@@ -913,7 +903,7 @@ __device__ void store(const Block& b, int warp) {
       for (int t = first; t < p.tiles; t += p.storers) {
         barrier_wait(&b.shared.full[position.slot], position.parity);
         const Tile tile(b, channel, t);
-        for_each_vector(tile_at<T>(b, position.slot), tile.count, b.lane,
+        for_each_vector<kAtOnce>(tile_at<T>(b, position.slot), tile.count, b.lane,
                         [&](int, unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, kMasked>(b, tile, v), result); });
         release(b, position.slot);
         position.advance({p.storers, 0}, p.slots);
