@@ -83,7 +83,7 @@ constexpr int kAtOnceHolding = 3;     // the same where most registers hold tile
 constexpr int kHoldThreads = 384;     // 12 warps with 168 registers a thread, for channels that the ring cannot hold:
 constexpr int kHeldVectors = 15;      // vectors a lane of a tile that a warp keeps in registers
 template <typename T, bool kMasked>
-constexpr int kHeldTiles = kMasked || sizeof(T) == 8 ? 1 : 2;  // such tiles of a warp: as many as spill nothing
+constexpr int kHeldTiles = kMasked || sizeof(T) != 4 ? 1 : 2;  // such tiles of a warp: as many as spill nothing
 
 // ---------------------------------------------------------------------------------------------
 // The hardware: all that is not plain CUDA C++, each in one function
@@ -798,8 +798,8 @@ __device__ Partial merge(const Partial (&part)[kEach]) {
     D += __shfl_xor_sync(0xffffffffu, D, lanes);
     E += __shfl_xor_sync(0xffffffffu, E, lanes);
   }
-  const double offset = n > 0 ? D / n : 0, m2 = E - D * offset;
-  return Partial{r + offset, m2 < 0 ? 0 : m2, n};
+  const double offset = n > 0 ? D / n : 0;
+  return Partial{r + offset, E - D * offset, n};
 }
 
 // The team's sums, from this block's: publish, wait until all have, gather, merge in the order of the ranks. The count
@@ -856,10 +856,13 @@ __device__ void finish(const Block& b, int warp, double factor) {
   at.advance({warp, 0}, p.channel_slots);
   for (int64_t channel = b.first_channel + int64_t(warp) * p.teams; channel < call.C; channel += int64_t(p.exchangers) * p.teams) {
     barrier_wait(&b.shared.summed[at.slot], at.parity);
-    Partial part[1] = {{0, 0, 0}};
-    if (b.lane < partials) part[0] = b.shared.partial[at.slot * partials + b.lane];
-    Partial sums = merge(part);
+    Partial sums = b.shared.partial[at.slot * partials];
+    if (partials > 1) {
+      const Partial part[1] = {b.lane < partials ? b.shared.partial[at.slot * partials + b.lane] : Partial{0, 0, 0}};
+      sums = merge(part);
+    }
     if (p.team > 1) sums = exchange(b, channel, sums);
+    if (sums.m2 < 0) sums.m2 = 0;  // rounding, in a constant channel; NaN stays
     const double inv_std = rsqrt(sums.m2 / sums.count + call.eps);
     __syncwarp();  // else a slow lane might still read partials that the next channels overwrite
     if (b.lane == 0) {
