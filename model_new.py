@@ -597,25 +597,14 @@ struct Producer {
         }
       }
     } else {
-      // Place in steps instead of divisions: this loop is what planes with odd edges wait for.
-      constexpr int kSize = Vector<T>::kSize;
-      const int64_t HW = b.a.call.HW, CHW = b.a.call.C * HW, elements = b.a.call.N * CHW;
-      const unsigned lanes = p.producers * 32, planes = divide(lanes, p.by_plane_vectors), beyond = lanes - planes * p.plane_vectors;
-      const unsigned q = tile.offset + warp * 32 + b.lane, row = divide(q, p.by_plane_vectors);
-      unsigned column = q - row * p.plane_vectors;
-      int64_t plane = tile.plane + row * CHW;
-      for (unsigned v = warp * 32 + b.lane; v < tile.count; v += lanes) {
-        const int64_t in_plane = int64_t(column) * kSize - ((plane + reinterpret_cast<uintptr_t>(x) / sizeof(T)) & (kSize - 1));
-        if (in_plane < HW && plane + in_plane + kSize <= elements)
-          copy_16(to + v, x + plane + in_plane);
+      const int64_t elements = b.a.call.N * b.a.call.C * b.a.call.HW;
+#pragma unroll 2
+      for (unsigned v = warp * 32 + b.lane; v < tile.count; v += p.producers * 32) {
+        const Place<T, kMasked> from(b, tile, v);
+        if (from.count() > 0 && from.element + Vector<T>::kSize <= elements)
+          copy_16(to + v, x + from.element);
         else  // nothing past the end of x is read
-          to[v] = elementwise(b, Place<T, kMasked>(b, tile, v));
-        column += beyond;
-        plane += planes * CHW;
-        if (column >= p.plane_vectors) {
-          column -= p.plane_vectors;
-          plane += CHW;
-        }
+          to[v] = elementwise(b, from);
       }
       copies_arrive(full);
       barrier_arrive(full);  // for all but the copies, whose own arrival orders nothing else
@@ -1033,10 +1022,10 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
   const int64_t share = ceil_div(p.channel_vectors, p.team);
   const auto lay_out = [&](bool hold) {
     p.hold = hold;
-    p.producers = p.bulk || hold ? 1 : 6;
+    p.producers = p.bulk || hold ? 1 : 4;
     p.storers = hold ? 0 : 4;
     p.statistics = hold ? 10 : call.training ? 4 : 0;
-    p.exchangers = hold ? 1 : !call.training ? 0 : p.team > 1 && p.bulk ? 6 : 2;
+    p.exchangers = hold ? 1 : !call.training ? 0 : p.team > 1 && p.bulk ? 6 : 4;
     const int turn = hold ? p.statistics : 4;
     const int64_t fit = std::max<int64_t>(ring_bytes / turn, kVectorBytes);
     const int64_t most_bytes = std::min<int64_t>(hold ? kHeldVectors * 32 * kVectorBytes : p.team == 1 ? kLoneTileBytes : size == 8 ? kHalfTileBytes : kTileBytes, fit);
