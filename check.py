@@ -233,6 +233,7 @@ CASES = [
     Case("cumulative average, large channels", (16, 64, 256, 256), steps=2, settings=(("momentum", None),), small=(5, 2, 64, 64)),
     Case("momentum = 1", (16, 32, 14, 14), settings=(("momentum", 1.0),), small=(3, 4, 6, 6)),
     Case("momentum = 0", (16, 32, 14, 14), settings=(("momentum", 0.0),), small=(3, 4, 6, 6)),
+    Case("momentum = -0.5", (16, 32, 14, 14), settings=(("momentum", -0.5),), small=(3, 4, 6, 6)),
     Case("eps = 0.3", (16, 32, 14, 14), settings=(("eps", 0.3),), small=(3, 4, 6, 6)),
     Case("not affine", (16, 32, 14, 14), settings=(("affine", False),), small=(3, 4, 6, 6)),
     Case("no running buffers", (16, 32, 14, 14), settings=(("track_running_stats", False),), small=(3, 4, 6, 6)),

@@ -44,7 +44,8 @@ struct FusedBatchNormCall {
   void* inv_std;                 // [C]
   int64_t N, C, HW;
   double eps;
-  double momentum;               // negative: cumulative average
+  double momentum;
+  int cumulative;                // momentum is None: the cumulative average
   int dtype;                     // 0 float, 1 half, 2 bfloat16, 3 double
   int affine_float;              // gamma and beta are float whatever x is
   int running_float;             // so are the running buffers
@@ -947,7 +948,7 @@ __global__ void __launch_bounds__(kHold ? kHoldThreads : kMaxThreads, 1) fused_b
   if (warp < p.producers) producer.run(p.in_flight);  // the first tiles travel while the grid gathers
 
   double factor = call.momentum;  // of the new value in the running buffers
-  if (factor < 0) factor = call.num_batches_tracked ? 1.0 / double(*call.num_batches_tracked + 1) : 0;
+  if (call.cumulative) factor = call.num_batches_tracked ? 1.0 / double(*call.num_batches_tracked + 1) : 0;
   if (p.cooperative) {
     for (int64_t i = int64_t(blockIdx.y * p.team + b.rank) * blockDim.x + threadIdx.x; i < p.scratch_words; i += int64_t(p.team) * p.teams * blockDim.x)
       store_word(&a.scratch[i], Word{0, 0});
@@ -1013,7 +1014,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
     if (share <= kRoundBytes) break;
   }
   p.teams = int(std::min<int64_t>(device.multiprocessors / p.team, std::max<int64_t>(call.C, 1)));
-  p.cooperative = call.training && (p.team > 1 || (call.momentum < 0 && call.num_batches_tracked));
+  p.cooperative = call.training && (p.team > 1 || (call.cumulative && call.num_batches_tracked));
   p.scratch_words = call.training && p.team > 1 ? call.C * (2 * p.team + 1) : 0;
 
   // Roles, and tiles of equal size. Slots come in whole turns of every role, and where warps hold tiles, so do the
@@ -1245,7 +1246,8 @@ std::tuple<Tensor, Tensor, Tensor> fused_batch_norm_forward(
   call.C = x.numel() > 0 ? C : 0;  // nothing to do but to count the batch
   call.HW = HW;
   call.eps = eps;
-  call.momentum = momentum.value_or(-1);
+  call.momentum = momentum.value_or(0);
+  call.cumulative = !momentum.has_value();
   call.dtype = dtype;
   call.affine_float = gamma.has_value() && gamma->scalar_type() == ScalarType::Float;
   call.running_float = running_mean.has_value() && running_mean->scalar_type() == ScalarType::Float;
@@ -1273,7 +1275,8 @@ std::string fused_batch_norm_plan(int64_t N, int64_t C, int64_t HW, ScalarType d
   call.N = N;
   call.C = C;
   call.HW = HW;
-  call.momentum = momentum.value_or(-1);
+  call.momentum = momentum.value_or(0);
+  call.cumulative = !momentum.has_value();
   call.dtype = dtype_code(dtype);
   call.training = training;
   char text[1024];
