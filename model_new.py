@@ -589,7 +589,7 @@ struct Producer {
         }
       } else {  // a copy per plane that the tile touches, a lane each
         if (b.lane == 0) barrier_arrive_expect(full, tile.count * kVectorBytes);
-        __syncwarp();  // else bytes could land that nobody expects
+        __syncwarp();  // the bytes are announced before they are sent for
         const unsigned planes = divide(behind - 1, p.by_plane_vectors) + 1;
         for (unsigned i = b.lane; i < planes; i += 32) {
           const unsigned begin = max(i * p.plane_vectors, tile.offset) - tile.offset;
