@@ -12,7 +12,7 @@ __forceinline__ Policy make_policy(Keep) { return 0; }
 __forceinline__ void copy_bulk(void* shared, const void* global, unsigned bytes, Barrier* b, Policy) {
   emulator::copy_bulk(shared, global, bytes, b);
 }
-__forceinline__ void copy_16(void* shared, const void* global) { emulator::copy_16(shared, global, 16); }
+__forceinline__ void copy_16(void* shared, const void* global) { emulator::copy_16(shared, global); }
 __forceinline__ void copies_arrive(Barrier* b) { emulator::copies_arrive(b); }
 __forceinline__ Word load_word(const Word* address) {
   Word word;

@@ -35,7 +35,7 @@ void barrier_init_fence();
 void barrier_arrive(uint64_t* barrier, unsigned expected_bytes);
 void barrier_wait(uint64_t* barrier, unsigned parity);
 void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier);
-void copy_16(void* shared, const void* global, unsigned valid_bytes);
+void copy_16(void* shared, const void* global);
 void copies_arrive(uint64_t* barrier);
 
 // Relaxed 16-byte accesses: atomic, so no data race among themselves, but they order nothing else.

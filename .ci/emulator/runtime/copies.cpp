@@ -97,8 +97,8 @@ void barrier_wait(uint64_t* barrier, unsigned parity) {
 }
 
 // Bytes that `agent` will write at `time`: ordered behind all that the issuing thread has seen, known to nobody yet.
-static void issue(void* shared, const void* global, unsigned bytes, unsigned valid_bytes, Epoch mark, const void* place) {
-  if (valid_bytes) access(global, valid_bytes, Access::kRead, false, mark, place);
+static void issue(void* shared, const void* global, unsigned bytes, Epoch mark, const void* place) {
+  access(global, bytes, Access::kRead, false, mark, place);
   access(shared, bytes, Access::kWrite, false, mark, place);
   poison(shared, bytes);
 }
@@ -121,28 +121,26 @@ void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barri
   require_aligned(shared, 16, Access::kWrite, place);
   require_aligned(global, 16, Access::kRead, place);
   if (bytes == 0 || bytes % 16) fail("misaligned", "a bulk copy moves a multiple of 16 bytes, not " + std::to_string(bytes), place);
-  issue(shared, global, bytes, bytes, copy_epoch(block, b, place), place);
+  issue(shared, global, bytes, copy_epoch(block, b, place), place);
   ++b.copies;
   machine.in_flight.push_back({&block, offset_of(barrier, 8, "", place),
-                               {{static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes, bytes}},
+                               {{static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes}},
                                bytes, false});
 }
 
-void copy_16(void* shared, const void* global, unsigned valid_bytes) {
+void copy_16(void* shared, const void* global) {
   const void* place = __builtin_return_address(0);
   offset_of(shared, 16, "a copy's destination", place);
   require_aligned(shared, 16, Access::kWrite, place);
   require_aligned(global, 16, Access::kRead, place);
-  if (valid_bytes > 16) fail("out of bounds", "copy_16 of more than 16 valid bytes", place);
   if (machine.device.capability < 80) {  // no cp.async there: a plain copy
-    if (valid_bytes) access(global, valid_bytes, Access::kRead, false, now(*current, false), place);
+    access(global, 16, Access::kRead, false, now(*current, false), place);
     access(shared, 16, Access::kWrite, false, now(*current, false), place);
-    memset(shared, 0, 16);
-    memcpy(shared, global, valid_bytes);
+    memcpy(shared, global, 16);
     return;
   }
-  issue(shared, global, 16, valid_bytes, epoch(*current->block, current->thread, kNotYet, false), place);
-  current->untracked.push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), 16, valid_bytes});
+  issue(shared, global, 16, epoch(*current->block, current->thread, kNotYet, false), place);
+  current->untracked.push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), 16});
 }
 
 void copies_arrive(uint64_t* barrier) {
@@ -161,10 +159,7 @@ void land(size_t which) {
   std::swap(machine.in_flight[which], machine.in_flight.back());
   const Copies copies = std::move(machine.in_flight.back());
   machine.in_flight.pop_back();
-  for (const Fibre::Piece& piece : copies.pieces) {
-    memcpy(piece.to, piece.from, piece.valid_bytes);
-    memset(piece.to + piece.valid_bytes, 0, piece.bytes - piece.valid_bytes);
-  }
+  for (const Fibre::Piece& piece : copies.pieces) memcpy(piece.to, piece.from, piece.bytes);
   Mbarrier& b = copies.block->barriers.at(copies.barrier);
   b.gathering.at[b.agent] = Time(b.phase + 1);
   machine.naps_since_event = 0;

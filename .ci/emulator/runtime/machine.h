@@ -63,7 +63,7 @@ struct Fibre {
   unsigned parity = 0;
   uint64_t result = 0;          // what a shuffle or ballot brought
   Clock clock;
-  struct Piece { unsigned char* to; const unsigned char* from; unsigned bytes, valid_bytes; };
+  struct Piece { unsigned char* to; const unsigned char* from; unsigned bytes; };
   std::vector<Piece> untracked; // its copy_16s since the last copies_arrive
 };
 
