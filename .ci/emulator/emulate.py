@@ -230,10 +230,10 @@ def load(text, *, build_dir=None):
     return namespace
 
 
-def set_device(multiprocessors=3, shared_bytes=16 * 1024, capability=(9, 0), blocks_per_multiprocessor=1):
-    """The pretended device. shared_bytes: what one block may have at most; more than 1 KB less than 256 KB."""
+def set_device(multiprocessors=3, shared_bytes=16 * 1024, capability=(9, 0)):
+    """The pretended device. shared_bytes: what one block may have at most, up to 256 KB; a multiprocessor has 1 KB more."""
     major, minor = capability
-    _runtime.emulator_set_device(multiprocessors, shared_bytes, 10 * major + minor, blocks_per_multiprocessor)
+    _runtime.emulator_set_device(multiprocessors, shared_bytes, 10 * major + minor)
 
 
 def set_schedule(seed, policy=None):

@@ -59,6 +59,16 @@ __forceinline__ unsigned long long __umul64hi(unsigned long long a, unsigned lon
 __forceinline__ int __popc(unsigned v) { return __builtin_popcount(v); }
 __forceinline__ int __clz(int v) { return v == 0 ? 32 : __builtin_clz(unsigned(v)); }
 __forceinline__ int __ffs(int v) { return __builtin_ffs(v); }
+__forceinline__ long long __double_as_longlong(double v) {
+  long long bits;
+  __builtin_memcpy(&bits, &v, 8);
+  return bits;
+}
+__forceinline__ double __longlong_as_double(long long bits) {
+  double v;
+  __builtin_memcpy(&v, &bits, 8);
+  return v;
+}
 template <typename T> __forceinline__ T __ldg(const T* address) { return *address; }
 
 __forceinline__ void __syncthreads() { emulator::sync_block(); }
@@ -102,6 +112,7 @@ enum cudaError {
   cudaErrorLaunchFailure = 719,
   cudaErrorCooperativeLaunchTooLarge = 720,
   cudaErrorNotSupported = 801,
+  cudaErrorInvalidClusterSize = 912,
 };
 typedef cudaError cudaError_t;
 enum cudaDeviceAttr {
@@ -121,8 +132,15 @@ enum cudaDeviceAttr {
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct cudaFuncAttributes { int ptxVersion, binaryVersion, maxThreadsPerBlock; };
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore = 0, cudaLaunchAttributeCooperative = 2 };
-union cudaLaunchAttributeValue { int cooperative; };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeIgnore = 0,
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeClusterDimension = 4,
+};
+union cudaLaunchAttributeValue {
+  int cooperative;
+  struct { unsigned x, y, z; } clusterDim;
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   cudaLaunchAttributeValue val;
@@ -149,6 +167,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorLaunchFailure: return "unspecified launch failure";
     case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
     case cudaErrorNotSupported: return "operation not supported";
+    case cudaErrorInvalidClusterSize: return "cluster misconfiguration";
   }
   return "unrecognized error code";
 }
@@ -171,12 +190,19 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const auto run = [](const void* call) {
     std::apply(static_cast<const Call*>(call)->kernel, static_cast<const Call*>(call)->arguments);
   };
-  emulator::Launch launch{config->gridDim.x, config->gridDim.y, config->blockDim.x, config->dynamicSmemBytes, false,
+  emulator::Launch launch{config->gridDim.x, config->gridDim.y, config->blockDim.x, config->dynamicSmemBytes, false, 1,
                           reinterpret_cast<const void*>(kernel)};
   if (config->gridDim.z * config->blockDim.y * config->blockDim.z != 1) return cudaErrorNotSupported;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
-    if (config->attrs[i].id == cudaLaunchAttributeCooperative) launch.cooperative = config->attrs[i].val.cooperative;
-    else if (config->attrs[i].id != cudaLaunchAttributeIgnore) return cudaErrorNotSupported;
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeCooperative) {
+      launch.cooperative = attribute.val.cooperative;
+    } else if (attribute.id == cudaLaunchAttributeClusterDimension) {
+      if (attribute.val.clusterDim.y != 1 || attribute.val.clusterDim.z != 1) return cudaErrorNotSupported;
+      launch.cluster = attribute.val.clusterDim.x;
+    } else if (attribute.id != cudaLaunchAttributeIgnore) {
+      return cudaErrorNotSupported;
+    }
   }
   return cudaError_t(emulator::launch(launch, run, &call, sizeof call));
 }

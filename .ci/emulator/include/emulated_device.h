@@ -12,8 +12,15 @@ __forceinline__ Policy make_policy(Keep) { return 0; }
 __forceinline__ void copy_bulk(void* shared, const void* global, unsigned bytes, Barrier* b, Policy) {
   emulator::copy_bulk(shared, global, bytes, b);
 }
-__forceinline__ void copy_16(void* shared, const void* global) { emulator::copy_16(shared, global); }
+__forceinline__ void copy_16(void* shared, const void* global, Policy = 0) { emulator::copy_16(shared, global); }
 __forceinline__ void copies_arrive(Barrier* b) { emulator::copies_arrive(b); }
+__forceinline__ void copies_commit() { emulator::copies_commit(); }
+template <int kPending> __forceinline__ void copies_wait() { emulator::copies_wait(kPending); }
+__forceinline__ void cluster_arrive() { emulator::cluster_arrive(); }
+__forceinline__ void cluster_wait() { emulator::cluster_wait(); }
+template <typename V> __forceinline__ V* in_peer(V* shared, int rank) {
+  return static_cast<V*>(emulator::in_peer(shared, unsigned(rank)));
+}
 __forceinline__ Word load_word(const Word* address) {
   Word word;
   emulator::load_atomic(&word, address, sizeof word);

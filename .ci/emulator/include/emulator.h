@@ -19,10 +19,17 @@ namespace emulator {
 __attribute__((const)) unsigned char* shared_memory();  // the block's dynamic shared memory
 __attribute__((const)) unsigned lane();
 
-// Barriers of the block, the grid and of the lanes in `mask`; all order memory.
+// Barriers of the block, the grid, the cluster (in two steps) and of the lanes in `mask`; all order memory.
 void sync_block();
 void sync_grid();
+void grid_arrive();
+void grid_wait();
+void cluster_arrive();
+void cluster_wait();
 void sync_warp(unsigned mask);
+
+// Where block `rank` of the cluster has what this block has at `shared`.
+void* in_peer(const void* shared, unsigned rank);
 
 // Values between the lanes in `mask`; these do not order memory. Lane i gets the value of lane `from`.
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane);
@@ -37,6 +44,9 @@ void barrier_wait(uint64_t* barrier, unsigned parity);
 void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier);
 void copy_16(void* shared, const void* global);
 void copies_arrive(uint64_t* barrier);
+// ... or that their thread waits for, in groups.
+void copies_commit();
+void copies_wait(unsigned pending);
 
 // Relaxed 16-byte accesses: atomic, so no data race among themselves, but they order nothing else.
 void load_atomic(void* value, const void* address, size_t bytes);
@@ -51,6 +61,7 @@ struct Launch {
   unsigned blocks() const { return grid_x * grid_y; }
   size_t shared_bytes;
   bool cooperative;
+  unsigned cluster;  // blocks of one
   const void* kernel;
 };
 int launch(const Launch& launch, void (*body)(const void* arguments), const void* arguments, size_t argument_bytes);

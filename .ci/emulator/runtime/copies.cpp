@@ -1,4 +1,4 @@
-// mbarriers and the asynchronous copies that arrive on them.
+// mbarriers, and the asynchronous copies that arrive on them or that their thread waits for.
 //
 // A copy lands as late as the rules allow: its bytes turn to poison when it is issued and arrive only when the schedule
 // says so, at the latest when no thread can go on without them. Who touches them before a wait has told it that they
@@ -147,12 +147,34 @@ void copies_arrive(uint64_t* barrier) {
   const void* place = __builtin_return_address(0);
   if (machine.device.capability < 80) return arrive_now(barrier, 0, place);
   preempt();
+  if (!current->groups.empty()) fail("limit", "copies_arrive behind copies_commit", place);
   Block& block = *current->block;
   Mbarrier& b = find(barrier, place);
   const Epoch mark = copy_epoch(block, b, place);
   for (const Fibre::Piece& piece : current->untracked) track(piece.to, piece.bytes, mark);
   machine.in_flight.push_back({&block, offset_of(barrier, 8, "", place), std::move(current->untracked), 0, true});
   current->untracked.clear();
+}
+
+void copies_commit() {
+  if (machine.device.capability < 80) return;
+  current->groups.push_back(std::move(current->untracked));
+  current->untracked.clear();
+}
+
+// The thread has seen what it waited for, as if it had just written it itself.
+void copies_wait(unsigned pending) {
+  if (machine.device.capability < 80) return;
+  preempt();
+  auto& groups = current->groups;
+  const size_t landing = groups.size() - std::min<size_t>(groups.size(), pending);
+  for (size_t i = 0; i < landing; ++i) {
+    for (const Fibre::Piece& piece : groups[i]) {
+      memcpy(piece.to, piece.from, piece.bytes);
+      track(piece.to, piece.bytes, now(*current, false));
+    }
+  }
+  groups.erase(groups.begin(), groups.begin() + landing);
 }
 
 void land(size_t which) {

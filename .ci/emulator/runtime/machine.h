@@ -16,7 +16,8 @@ namespace emulator {
 using Time = uint32_t;
 
 // A vector clock over the participants of one block: its threads, and the copies of each of its mbarriers, which
-// move data in their own time. Entry i: up to which of its steps participant i is known to have come.
+// move data in their own time. Entry i: up to which of its steps participant i is known to have come. Then, for each
+// Level, how many barriers of the block's Group are known to be complete: what that tells of other blocks, the Group knows.
 struct Clock {
   std::vector<Time> at;
   void join(const Clock& other) {
@@ -24,12 +25,12 @@ struct Clock {
   }
 };
 
-// One step of one participant, packed: 1 valid, 1 atomic, 12 grid barriers passed, 14 block, 12 participant, 24 time.
+// One step of one participant, packed: 1 valid, 1 atomic, 26 block, 12 participant, 24 time.
 using Epoch = uint64_t;
 constexpr Epoch kValid = 1ull << 63, kAtomic = 1ull << 62;
 constexpr Epoch kBeforeLaunch = kValid;               // time 0: everyone has seen it
 constexpr Time kNotYet = (1u << 24) - 1;              // a copy that no barrier tracks yet: nobody has seen it
-constexpr unsigned kMaxBlocks = 1u << 14, kMaxGridBarriers = 1u << 12, kCopyAgents = 64;
+constexpr unsigned kMaxBlocks = 1u << 26, kCopyAgents = 64;
 
 // The history of two neighbouring bytes, the smallest element that a kernel handles.
 struct Cell {
@@ -50,6 +51,8 @@ struct Range {             // a tensor or scratch memory
 
 enum class State : uint8_t { kReady, kNapping, kBlocked, kFinished };
 
+enum Level { kCluster, kGrid, kLevels };  // whose blocks a Group holds
+
 struct Block;
 struct Fibre {
   void* stack_pointer;
@@ -64,7 +67,10 @@ struct Fibre {
   uint64_t result = 0;          // what a shuffle or ballot brought
   Clock clock;
   struct Piece { unsigned char* to; const unsigned char* from; unsigned bytes; };
-  std::vector<Piece> untracked; // its copy_16s since the last copies_arrive
+  std::vector<Piece> untracked; // its copy_16s since the last copies_arrive or copies_commit
+  std::vector<std::vector<Piece>> groups;  // committed and not yet waited for, oldest first
+  unsigned arrivals[kLevels] = {};         // at barriers of its Groups
+  bool arrived[kLevels] = {};              // ... and has not waited since
 };
 
 struct Rendezvous {             // of the lanes of one warp
@@ -86,9 +92,22 @@ struct Mbarrier {
   std::vector<Fibre*> waiting;
 };
 
+struct Group {                  // blocks that a barrier holds together: a cluster, or the grid
+  unsigned first, blocks;
+  unsigned arrived = 0, passed = 0;     // threads at this barrier; barriers before it
+  unsigned fewest = ~0u;                // arrivals of a thread that has returned
+  // What is known of each block to those who arrived so far; to those behind the last barrier and behind the one before,
+  // from which some threads may not have come back.
+  std::vector<Clock> gathering, published[2];
+  std::vector<Fibre*> waiting;
+};
+
 struct Block {
   unsigned index, slot;
   unsigned char* shared;
+  Group* groups[kLevels];
+  bool visited = false;                                 // another block has used its shared memory
+  unsigned rank() const { return index - groups[kCluster]->first; }
   std::vector<Fibre> fibres;
   unsigned finished = 0, at_barrier = 0;
   std::vector<std::vector<Rendezvous>> meetings;        // per warp
@@ -116,7 +135,7 @@ struct RelaxedStore {           // done, but not yet seen by those whom nothing 
 // ---- the machine
 
 struct Device {
-  int multiprocessors = 3, shared_bytes = 16 * 1024, capability = 90, blocks_per_multiprocessor = 1;
+  int multiprocessors = 3, shared_bytes = 16 * 1024, capability = 90;
 };
 
 struct Random {                 // splitmix64
@@ -134,11 +153,12 @@ struct Machine {
   Device device;
   Launch launch{};
   uintptr_t arguments_begin, arguments_end;             // of the kernel, which every thread copies
-  std::vector<std::unique_ptr<Block>> slots;            // the resident blocks
+  std::vector<std::unique_ptr<Block>> slots;            // the resident blocks, cluster by cluster
+  std::vector<Group> clusters;                          // those that are in the slots
+  Group grid;
   std::vector<Copies> in_flight;
   std::vector<RelaxedStore> stores;
   std::vector<std::vector<Epoch>> reads;
-  unsigned grid_barriers = 0;
   Random random{0};
   uint64_t naps_since_event = 0;                        // an event: something a polling thread may wait for
 };
@@ -148,6 +168,8 @@ extern Fibre* current;          // the running fibre; null on the host
 // runtime.cpp
 void record(const char* detector, const std::string& what, const void* place);  // the first is reported
 [[noreturn]] void fail(const char* detector, const std::string& what, const void* place);
+constexpr size_t kSharedRoom = 256 * 1024;
+unsigned char* shared_of(unsigned slot);
 std::string name_of(const Fibre& fibre);
 std::string name_of(const void* place);
 void make_ready(Fibre& fibre);
@@ -161,11 +183,12 @@ void show(size_t store);        // memory.cpp: machine.stores[store] becomes vis
 enum class Access { kRead, kWrite };
 void reset_cells(Range& range);
 void access(const void* address, size_t bytes, Access kind, bool atomic, Epoch mark, const void* place);
-void require_aligned(const void* address, size_t bytes, Access kind, const void* place);
+void require_aligned(const void* address, size_t alignment, Access kind, const void* place);
 Epoch now(const Fibre& fibre, bool atomic);
 Epoch epoch(const Block& block, unsigned participant, Time time, bool atomic);
 bool has_seen(const Fibre& fibre, Epoch epoch);
-void track(const void* address, size_t bytes, Epoch mark);  // copied bytes: some mbarrier's copies, from now on
+void track(const void* address, size_t bytes, Epoch mark);  // copied bytes: somebody will have seen them, from now on
+void require_over(Block& block);  // block is at its end: so must be what others did in its shared memory
 void poison(void* address, size_t bytes);
 std::vector<Range>& ranges();
 

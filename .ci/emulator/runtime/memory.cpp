@@ -35,20 +35,32 @@ void reset_cells(Range& range) {
 }
 
 Epoch epoch(const Block& block, unsigned participant, Time time, bool atomic) {
-  return kValid | (atomic ? kAtomic : 0) | Epoch(machine.grid_barriers) << 50 | Epoch(block.index) << 36 |
-         Epoch(participant) << 24 | time;
+  return kValid | (atomic ? kAtomic : 0) | Epoch(block.index) << 36 | Epoch(participant) << 24 | time;
 }
 
 Epoch now(const Fibre& fibre, bool atomic) {
   return epoch(*fibre.block, fibre.thread, fibre.clock.at[fibre.thread], atomic);
 }
 
-// Threads of one block order each other by clocks; threads of different blocks only by barriers of the whole grid.
+static unsigned block_of(Epoch e) { return e >> 36 & (kMaxBlocks - 1); }
+
+static unsigned barriers_known(const Fibre& fibre, int level) {
+  return fibre.clock.at[machine.launch.threads + kCopyAgents + level];
+}
+
+// Threads of one block order each other by clocks; those of different blocks only by barriers of a Group.
 bool has_seen(const Fibre& fibre, Epoch e) {
   const Time time = e & kNotYet;
+  const unsigned block = block_of(e), participant = e >> 24 & 0xfff;
   if (time == 0) return true;
-  if ((e >> 36 & (kMaxBlocks - 1)) == fibre.block->index) return time <= fibre.clock.at[e >> 24 & 0xfff];
-  return time != kNotYet && (e >> 50 & (kMaxGridBarriers - 1)) < machine.grid_barriers;
+  if (block == fibre.block->index) return time <= fibre.clock.at[participant];
+  for (int level = 0; level < kLevels; ++level) {
+    const Group& group = *fibre.block->groups[level];
+    const unsigned known = barriers_known(fibre, level);
+    if (known > 0 && block - group.first < group.blocks && time <= group.published[known & 1][block - group.first].at[participant])
+      return true;
+  }
+  return false;
 }
 
 void acquire(const Clock& source) { current->clock.join(source); }
@@ -59,12 +71,12 @@ void release(Clock& target) {
 }
 
 static std::string name_of_epoch(Epoch e, uint32_t place_low) {
-  const unsigned block = e >> 36 & (kMaxBlocks - 1), participant = e >> 24 & 0xfff;
+  const unsigned participant = e >> 24 & 0xfff;
   // The text of one launch lies within 4 GiB, so the high half of any place of it is right.
   const uintptr_t place = (uintptr_t(machine.launch.kernel) & ~uintptr_t(0xffffffff)) | place_low;
   std::string who = participant < machine.launch.threads ? "thread " + std::to_string(participant) : "an asynchronous copy";
-  if ((e & kNotYet) == kNotYet) who = "an asynchronous copy that no barrier tracks, issued by " + who;
-  return who + " of block " + std::to_string(block) + " at " + name_of(reinterpret_cast<const void*>(place));
+  if ((e & kNotYet) == kNotYet) who = "an asynchronous copy that no barrier tracks and no wait has awaited, issued by " + who;
+  return who + " of block " + std::to_string(block_of(e)) + " at " + name_of(reinterpret_cast<const void*>(place));
 }
 
 [[noreturn]] static void fail_access(const char* detector, Access kind, const std::string& where, const std::string& why,
@@ -78,23 +90,50 @@ static std::string hex(uintptr_t value) {
   return text;
 }
 
+static unsigned first_slot() { return current->block->slot - current->block->rank(); }  // of the current cluster
+
+// The rank of the block of the current cluster in whose shared memory, or behind it, the address lies; -1: in none's.
+static int peer_at(uintptr_t address) {
+  for (unsigned rank = 0; rank < machine.launch.cluster; ++rank)
+    if (address - uintptr_t(shared_of(first_slot() + rank)) < kSharedRoom) return int(rank);
+  return -1;
+}
+
 static std::string name_of_address(uintptr_t address) {
-  const uintptr_t shared = uintptr_t(current->block->shared);
-  if (address >= shared && address < shared + machine.launch.shared_bytes) return "shared memory + " + hex(address - shared);
   for (const Range& range : exposed)
     if (address >= range.begin && address < range.end)
       return range.name + " + " + std::to_string(address - range.begin) + " bytes";
+  if (const int rank = peer_at(address); rank >= 0) {
+    const Block& own = *current->block;
+    return "shared memory + " + hex(address - uintptr_t(shared_of(first_slot() + rank))) +
+           (unsigned(rank) == own.rank() ? "" : " of block " + std::to_string(own.index - own.rank() + rank));
+  }
   return hex(address);
 }
 
-// The cells of the accessed bytes; null for the fibre's own stack and for constants of the program.
-static Cell* find_cells(uintptr_t address, size_t bytes, Access kind, const void* place) {
+// Another block's shared memory, which is there from the start to the end of that block.
+static Block& visit(unsigned rank, uintptr_t address, Access kind, const void* place) {
+  Block* const peer = machine.slots[first_slot() + rank].get();
+  if (peer == nullptr) fail_access("cluster", kind, name_of_address(address), ", which has returned", place);
+  if (barriers_known(*current, kCluster) == 0 && barriers_known(*current, kGrid) == 0)
+    fail_access("cluster", kind, name_of_address(address), ", which may not have started: no barrier has shown it", place);
+  peer->visited = true;
+  return *peer;
+}
+
+// The cells of the accessed bytes, and the block whose shared memory it is, if any; no cells for the fibre's own stack and
+// for constants of the program.
+struct Found {
+  Cell* cells;
+  const Block* owner;
+};
+static Found find_cells(uintptr_t address, size_t bytes, Access kind, const void* place) {
   const Fibre& fibre = *current;
-  if (address >= fibre.stack_low && address + bytes <= fibre.stack_high) return nullptr;
+  if (address >= fibre.stack_low && address + bytes <= fibre.stack_high) return {};
   Block& block = *fibre.block;
   const uintptr_t shared = uintptr_t(block.shared);
   if (address >= shared && address + bytes <= shared + machine.launch.shared_bytes)
-    return block.cells.data() + (address - shared) / kCellBytes;
+    return {block.cells.data() + (address - shared) / kCellBytes, &block};
   size_t low = 0, high = exposed.size();  // the last range that begins at or before the address
   while (low < high) {
     const size_t middle = (low + high) / 2;
@@ -108,15 +147,19 @@ static Cell* find_cells(uintptr_t address, size_t bytes, Access kind, const void
                   ", past its " + std::to_string(range.end - range.begin) + " bytes", place);
     if (kind == Access::kWrite && !range.writable)
       fail_access("out of bounds", kind, name_of_address(address), ", which is an input", place);
-    return range.cells.data() + (address - range.begin) / kCellBytes;
+    return {range.cells.data() + (address - range.begin) / kCellBytes, nullptr};
   }
-  if (kind == Access::kRead && address >= machine.arguments_begin && address + bytes <= machine.arguments_end) return nullptr;
+  if (const int rank = peer_at(address); rank >= 0) {
+    if (address + bytes > uintptr_t(shared_of(first_slot() + rank)) + machine.launch.shared_bytes)
+      fail_access("out of bounds", kind, name_of_address(address), ", of " + hex(machine.launch.shared_bytes) + " bytes", place);
+    Block& peer = visit(rank, address, kind, place);
+    return {peer.cells.data() + (address - uintptr_t(peer.shared)) / kCellBytes, &peer};
+  }
+  if (kind == Access::kRead && address >= machine.arguments_begin && address + bytes <= machine.arguments_end) return {};
   Dl_info object;
-  if (kind == Access::kRead && dladdr(reinterpret_cast<void*>(address), &object)) return nullptr;
+  if (kind == Access::kRead && dladdr(reinterpret_cast<void*>(address), &object)) return {};
   std::string where = "memory of no tensor";
-  if (address >= shared && address < shared + (1u << 20))
-    where = "shared memory + " + hex(address - shared) + ", of " + hex(machine.launch.shared_bytes) + " bytes";
-  else if (low > 0 && address - exposed[low - 1].end < 1u << 20)
+  if (low > 0 && address - exposed[low - 1].end < 1u << 20)
     where = std::to_string(address - exposed[low - 1].end) + " bytes past the end of " + exposed[low - 1].name;
   fail_access("out of bounds", kind, where, "", place);
 }
@@ -146,15 +189,14 @@ static void add_read(Cell& cell, Epoch mark, uint32_t place) {
 
 void access(const void* pointer, size_t bytes, Access kind, bool atomic, Epoch mark, const void* place) {
   const uintptr_t address = uintptr_t(pointer);
-  Cell* cells = find_cells(address, bytes, kind, place);
+  const auto [cells, owner] = find_cells(address, bytes, kind, place);
   if (cells == nullptr) return;
-  const Block& block = *current->block;
-  const uintptr_t offset = address - uintptr_t(block.shared);
-  if (!atomic && offset < block.barriers_end && offset + bytes > block.barriers_begin)
+  const uintptr_t offset = owner ? address - uintptr_t(owner->shared) : 0;
+  if (owner && !atomic && offset < owner->barriers_end && offset + bytes > owner->barriers_begin)
     for (uintptr_t b = offset & ~uintptr_t(7); b < offset + bytes; b += 8)
-      if (block.barriers.count(b)) fail_access("barrier", kind, name_of_address(address), ", where an mbarrier lives", place);
+      if (owner->barriers.count(b)) fail_access("barrier", kind, name_of_address(address), ", where an mbarrier lives", place);
   const size_t count = ((address & (kCellBytes - 1)) + bytes + kCellBytes - 1) / kCellBytes;
-  const auto race = [&](const Cell& cell, Epoch earlier, const char* did, uint32_t earlier_place) {
+  const auto race = [&, cells = cells](const Cell& cell, Epoch earlier, const char* did, uint32_t earlier_place) {
     fail_access("data race", kind, name_of_address(address + (&cell - cells) * kCellBytes),
                 std::string(", unordered with ") + name_of_epoch(earlier, earlier_place) + ", which " + did, place);
   };
@@ -177,9 +219,26 @@ void access(const void* pointer, size_t bytes, Access kind, bool atomic, Epoch m
 }
 
 void track(const void* address, size_t bytes, Epoch mark) {
-  Cell* cells = find_cells(uintptr_t(address), bytes, Access::kWrite, nullptr);
+  Cell* const cells = find_cells(uintptr_t(address), bytes, Access::kWrite, nullptr).cells;
   for (Cell* cell = cells; cell < cells + bytes / kCellBytes; ++cell)
     if ((cell->write & kNotYet) == kNotYet) cell->write = mark;
+}
+
+void require_over(Block& block) {
+  if (!block.visited) return;
+  Fibre& last = block.fibres[0];
+  for (const Fibre& fibre : block.fibres) last.clock.join(fibre.clock);
+  const auto require = [&](const Cell& cell, Epoch e, const char* did, uint32_t place) {
+    if (e == 0 || block_of(e) == block.index || has_seen(last, e)) return;
+    fail("cluster", "block " + std::to_string(block.index) + " returns, unordered with " + name_of_epoch(e, place) + ", which " + did +
+                        " its shared memory + " + hex((&cell - block.cells.data()) * kCellBytes), nullptr);
+  };
+  for (const Cell& cell : block.cells) {
+    require(cell, cell.write, "wrote", cell.write_place);
+    if (cell.read & kValid) require(cell, cell.read, "read", cell.read_place);
+    else if (cell.read)
+      for (Epoch e : machine.reads[cell.read - 1]) require(cell, e, "read", cell.read_place);
+  }
 }
 
 static void show_overlapping(const void* address, size_t bytes, bool to_all);
@@ -190,14 +249,14 @@ static void check_plain(const void* address, size_t bytes, Access kind, const vo
   if (!machine.stores.empty()) show_overlapping(address, bytes, true);
 }
 
-void require_aligned(const void* address, size_t bytes, Access kind, const void* place) {
-  if (uintptr_t(address) % bytes)
-    fail_access("misaligned", kind, name_of_address(uintptr_t(address)), ", not a multiple of " + std::to_string(bytes), place);
+void require_aligned(const void* address, size_t alignment, Access kind, const void* place) {
+  if (uintptr_t(address) % alignment)
+    fail_access("misaligned", kind, name_of_address(uintptr_t(address)), ", not a multiple of " + std::to_string(alignment), place);
 }
 
-static void check_aligned(const void* address, size_t bytes, Access kind, const void* place) {
+static void check_aligned(const void* address, size_t bytes, size_t alignment, Access kind, const void* place) {
   if (!current || (uintptr_t(address) >= current->stack_low && uintptr_t(address) < current->stack_high)) return;
-  require_aligned(address, bytes, kind, place);
+  require_aligned(address, alignment, kind, place);
   check_plain(address, bytes, kind, place);
 }
 
@@ -253,7 +312,7 @@ void add_atomic(unsigned long long* address, unsigned long long value) {
 }
 
 void store_aligned(void* address, const void* value, size_t bytes) {
-  check_aligned(address, bytes, Access::kWrite, __builtin_return_address(0));
+  check_aligned(address, bytes, bytes, Access::kWrite, __builtin_return_address(0));
   memcpy(address, value, bytes);
 }
 
@@ -266,9 +325,10 @@ using namespace emulator;
 extern "C" {
 void __tsan_init() {}
 
+// gcc also calls the hooks for 16 bytes for two double; where a type wants more than 8, -fsanitize=alignment looks.
 #define HOOKS(bytes)                                                                                                   \
-  void __tsan_read##bytes(void* p) { check_aligned(p, bytes, Access::kRead, __builtin_return_address(0)); }            \
-  void __tsan_write##bytes(void* p) { check_aligned(p, bytes, Access::kWrite, __builtin_return_address(0)); }          \
+  void __tsan_read##bytes(void* p) { check_aligned(p, bytes, bytes < 8 ? bytes : 8, Access::kRead, __builtin_return_address(0)); } \
+  void __tsan_write##bytes(void* p) { check_aligned(p, bytes, bytes < 8 ? bytes : 8, Access::kWrite, __builtin_return_address(0)); } \
   void __tsan_unaligned_read##bytes(void* p) { check_plain(p, bytes, Access::kRead, __builtin_return_address(0)); }    \
   void __tsan_unaligned_write##bytes(void* p) { check_plain(p, bytes, Access::kWrite, __builtin_return_address(0)); }
 HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)

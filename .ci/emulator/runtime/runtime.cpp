@@ -1,4 +1,4 @@
-// Launches, fibres, the schedule, and the barriers of warp, block and grid.
+// Launches, fibres, the schedule, and the barriers of warp, block, cluster and grid.
 #include <dlfcn.h>
 #include <sys/mman.h>
 
@@ -90,12 +90,13 @@ static Policy policy;
 static uint64_t seed, launches;
 static void (*body)(const void*);
 static const void* body_arguments;
-static unsigned next_block, blocks_left;
-static std::vector<unsigned> block_order;
+static unsigned next_cluster, blocks_left;
+static std::vector<unsigned> cluster_order;
 static void* host_stack_pointer;
 static std::string error;                      // of the first detector that fired since it was last taken
 static int last_error_code;
 static std::map<const void*, int> shared_limits;
+static const char* const kLevelNames[] = {"cluster", "grid"};
 
 // ---- who runs next
 
@@ -278,6 +279,12 @@ static void report_deadlock() {
                " (in phase " + std::to_string(b.phase) + ", " + std::to_string(b.pending) + " of " +
                std::to_string(b.arrivals) + " arrivals and " + std::to_string(b.bytes) + " bytes missing)";
       }
+      for (int level = 0; level < kLevels; ++level) {
+        const Group& group = *block->groups[level];
+        if (fibre.state == State::kBlocked && fibre.arrivals[level] > group.passed)
+          now += " (" + std::to_string(group.arrived) + " of " + std::to_string(group.blocks * machine.launch.threads) +
+                 " threads have arrived at the barrier of the " + kLevelNames[level] + ")";
+      }
       if (now != previous) {
         flush();
         previous = now;
@@ -319,20 +326,93 @@ void sync_block() {
   preempt();
 }
 
-static unsigned at_grid_barrier;
+static std::string barrier_of(Level level) { return std::string("the barrier of the ") + kLevelNames[level]; }
+
+// What a thread does between its arrival and its wait is ordered before nobody's code behind this barrier.
+static void arrive(Level level, const void* place) {
+  Fibre& fibre = *current;
+  Group& group = *fibre.block->groups[level];
+  if (fibre.arrived[level]) fail("barrier", name_of(fibre) + " arrives twice at " + barrier_of(level) + " without a wait", place);
+  if (fibre.arrivals[level] >= group.fewest)
+    fail("barrier", name_of(fibre) + " reaches " + barrier_of(level) + " after other threads have returned", place);
+  if (group.gathering.empty()) group.gathering.assign(group.blocks, Clock{std::vector<Time>(fibre.clock.at.size())});
+  release(group.gathering[fibre.block->index - group.first]);
+  fibre.arrived[level] = true;
+  ++fibre.arrivals[level];
+  if (++group.arrived < group.blocks * machine.launch.threads) return;
+  group.arrived = 0;
+  ++group.passed;
+  const size_t known = machine.launch.threads + kCopyAgents;  // barriers, which are all blocks' knowledge now
+  Time passed[kLevels] = {};
+  for (const Clock& clock : group.gathering)
+    for (int i = 0; i < kLevels; ++i) passed[i] = std::max(passed[i], clock.at[known + i]);
+  passed[level] = group.passed;
+  for (Clock& clock : group.gathering) std::copy(passed, passed + kLevels, clock.at.begin() + known);
+  group.published[group.passed & 1] = group.gathering;
+  for (Fibre* waiting : group.waiting) make_ready(*waiting);
+  group.waiting.clear();
+}
+
+static void wait(Level level, const char* name, const void* place) {
+  preempt();
+  Fibre& fibre = *current;
+  Group& group = *fibre.block->groups[level];
+  if (!fibre.arrived[level]) fail("barrier", name_of(fibre) + " waits at " + barrier_of(level) + " without having arrived", place);
+  if (group.passed < fibre.arrivals[level]) {
+    group.waiting.push_back(&fibre);
+    block_on(name, place);
+  }
+  fibre.arrived[level] = false;
+  acquire(group.published[group.passed & 1][fibre.block->index - group.first]);
+}
+
+static void arrive_at_grid(const void* place) {
+  if (!machine.launch.cooperative) fail("barrier", "a barrier of the grid in a launch that is not cooperative", place);
+  arrive(kGrid, place);
+}
+
 void sync_grid() {
   const void* place = __builtin_return_address(0);
-  if (!machine.launch.cooperative) fail("barrier", "a barrier of the grid in a launch that is not cooperative", place);
-  if (++at_grid_barrier < machine.launch.blocks() * machine.launch.threads) return block_on("grid.sync", place);
-  at_grid_barrier = 0;
-  if (++machine.grid_barriers == kMaxGridBarriers) fail("limit", "too many barriers of the grid", place);
-  for (auto& block : machine.slots) {
-    if (!block) continue;
-    merge_clocks(*block);
-    for (Fibre& fibre : block->fibres)
-      if (&fibre != current) make_ready(fibre);
-  }
+  arrive_at_grid(place);
+  wait(kGrid, "grid.sync", place);
+}
+
+void grid_arrive() {
+  const void* place = __builtin_return_address(0);
   preempt();
+  arrive_at_grid(place);
+}
+
+void grid_wait() { wait(kGrid, "grid.barrier_wait", __builtin_return_address(0)); }
+
+static void require_clusters(const void* place) {
+  if (machine.device.capability < 90) fail("device", "clusters need compute capability 9.0", place);
+}
+
+void cluster_arrive() {
+  const void* place = __builtin_return_address(0);
+  require_clusters(place);
+  preempt();
+  arrive(kCluster, place);
+}
+
+void cluster_wait() {
+  const void* place = __builtin_return_address(0);
+  require_clusters(place);
+  wait(kCluster, "cluster_wait", place);
+}
+
+void* in_peer(const void* shared, unsigned rank) {
+  const void* place = __builtin_return_address(0);
+  require_clusters(place);
+  const Block& block = *current->block;
+  const uintptr_t offset = uintptr_t(shared) - uintptr_t(block.shared);
+  if (offset >= machine.launch.shared_bytes)
+    fail("out of bounds", name_of(*current) + " asks for a peer's address of what is not in its own shared memory", place);
+  if (rank >= machine.launch.cluster)
+    fail("cluster", name_of(*current) + " asks for block " + std::to_string(int(rank)) + " of a cluster of " +
+                        std::to_string(machine.launch.cluster), place);
+  return shared_of(block.slot - block.rank() + rank) + offset;
 }
 
 // Lanes of a warp meet: each brings a value and an argument; the last one to come serves them all by `finish`.
@@ -420,26 +500,41 @@ static char* mapping(std::vector<char*>& pool, size_t index, size_t bytes) {
   return pool[index];
 }
 
+unsigned char* shared_of(unsigned slot) {
+  static std::vector<char*> pool;
+  return reinterpret_cast<unsigned char*>(mapping(pool, slot, kSharedRoom));
+}
+
 static void fibre_main() {
   body(body_arguments);
   Fibre& fibre = *current;
   Block& block = *fibre.block;
-  if (!fibre.untracked.empty()) fail("barrier", name_of(fibre) + " returns with copies that no mbarrier tracks", nullptr);
+  bool copying = !fibre.untracked.empty();
+  for (const auto& group : fibre.groups) copying |= !group.empty();
+  if (copying) fail("barrier", name_of(fibre) + " returns with copies that no mbarrier tracks and no wait has awaited", nullptr);
   if (block.at_barrier) fail("barrier", name_of(fibre) + " returns while other threads wait at __syncthreads", nullptr);
+  for (int level = 0; level < kLevels; ++level) {
+    Group& group = *block.groups[level];
+    group.fewest = std::min(group.fewest, fibre.arrivals[level]);
+    if (group.arrived > 0 && group.fewest <= group.passed)
+      fail("barrier", name_of(fibre) + " returns while other threads are at " + barrier_of(Level(level)), nullptr);
+  }
   fibre.state = State::kFinished;
   machine.naps_since_event = 0;
   if (++block.finished == machine.launch.threads) leave_to_host();  // which cleans up, then runs the others
   run(next_fibre());
 }
 
-static void start_block(unsigned slot) {
-  static std::vector<char*> stacks, shared;
+static void start_block(unsigned slot, unsigned index) {
+  static std::vector<char*> stacks;
   const Launch& launch = machine.launch;
   machine.slots[slot] = std::make_unique<Block>();
   Block& block = *machine.slots[slot];
-  block.index = block_order[next_block++];
+  block.index = index;
   block.slot = slot;
-  block.shared = reinterpret_cast<unsigned char*>(mapping(shared, slot, 256 * 1024));
+  block.groups[kCluster] = &machine.clusters[slot / launch.cluster];
+  block.groups[kGrid] = &machine.grid;
+  block.shared = shared_of(slot);
   poison(block.shared, launch.shared_bytes);
   block.cells.assign((launch.shared_bytes + kCellBytes - 1) / kCellBytes, Cell{});
   block.meetings.resize((launch.threads + 31) / 32);
@@ -448,7 +543,7 @@ static void start_block(unsigned slot) {
     Fibre& fibre = block.fibres[thread];
     fibre.block = &block;
     fibre.thread = thread;
-    fibre.clock.at.assign(launch.threads + kCopyAgents, 0);
+    fibre.clock.at.assign(launch.threads + kCopyAgents + kLevels, 0);
     fibre.clock.at[thread] = 1;
     char* low = mapping(stacks, slot * launch.threads + thread, kStackBytes);
     // Staggered, or the hot ends of all stacks would compete for the same lines of the cache.
@@ -464,41 +559,70 @@ static void start_block(unsigned slot) {
   }
 }
 
+static void start_cluster(unsigned place) {
+  const unsigned blocks = machine.launch.cluster, first = cluster_order[next_cluster++] * blocks;
+  machine.clusters[place] = Group{first, blocks};
+  for (unsigned rank = 0; rank < blocks; ++rank) start_block(place * blocks + rank, first + rank);
+}
+
 static void finish_block(Block& block) {
   for (const Copies& copies : machine.in_flight)
     if (copies.block == &block) fail("barrier", "block " + std::to_string(block.index) + " ends with copies in flight", nullptr);
+  require_over(block);
   --blocks_left;
-  const unsigned slot = block.slot;
-  machine.slots[slot].reset();
-  if (next_block < block_order.size()) start_block(slot);
+  const unsigned blocks = machine.launch.cluster, place = block.slot / blocks;
+  machine.slots[block.slot].reset();
+  for (unsigned rank = 0; rank < blocks; ++rank)
+    if (machine.slots[place * blocks + rank]) return;
+  if (next_cluster < cluster_order.size()) start_cluster(place);
 }
 
 // ---- launches
 
 static int refuse(int code) { return last_error_code = code; }
 
+constexpr unsigned kMaxThreads = 24 * 1024;  // at a time: each has a stack of its own, and the host counts mappings
+
+static int reserved_bytes() { return machine.device.capability < 80 ? 0 : 1024; }  // by the system, of each block
+
+// Blocks of the launch that are resident at once. Registers, which nobody counts here, are enough for 1024 threads of a
+// multiprocessor.
+static unsigned resident_blocks(const Launch& launch) {
+  const Device& device = machine.device;
+  const unsigned bytes = unsigned(launch.shared_bytes + 127) / 128 * 128 + reserved_bytes(), warps = (launch.threads + 31) / 32;
+  const unsigned by_shared = unsigned(device.shared_bytes + reserved_bytes()) / std::max(bytes, 1u);
+  return unsigned(device.multiprocessors) * std::max(1u, std::min(by_shared, 32 / warps));
+}
+
 int launch(const Launch& launch, void (*launch_body)(const void*), const void* arguments, size_t argument_bytes) {
   const Device& device = machine.device;
-  const unsigned resident = unsigned(device.multiprocessors * device.blocks_per_multiprocessor);
   const auto limit = shared_limits.find(launch.kernel);
   if (launch.blocks() == 0 || launch.threads == 0 || launch.threads > 1024) return refuse(9);
   if (launch.shared_bytes > size_t(limit == shared_limits.end() ? std::min(device.shared_bytes, 48 * 1024) : limit->second))
     return refuse(1);
+  if (launch.cluster == 0) return refuse(1);
+  if (launch.cluster > 1 && device.capability < 90) return refuse(801);
+  if (launch.grid_x % launch.cluster) return refuse(9);
+  unsigned resident = resident_blocks(launch) / launch.cluster * launch.cluster;
+  if (launch.cluster > 8 || resident == 0) return refuse(912);
   if (launch.cooperative && launch.blocks() > resident) return refuse(720);
   if (!error.empty()) return refuse(719);
   ++launches;
   if (launch.blocks() >= kMaxBlocks) record("limit", "more blocks than the emulator can number", nullptr);
+  resident = std::min({resident, launch.blocks(), std::max(1u, kMaxThreads / launch.threads / launch.cluster) * launch.cluster});
+  if (launch.cooperative && launch.blocks() > resident) record("limit", "more resident threads than the emulator has stacks for", nullptr);
 
   machine.launch = launch;
   machine.arguments_begin = uintptr_t(arguments);
   machine.arguments_end = uintptr_t(arguments) + argument_bytes;
   machine.random = {seed * 0x9e3779b97f4a7c15ull + launches};
   machine.slots.clear();
-  machine.slots.resize(std::min(launch.blocks(), resident));
+  machine.slots.resize(resident);
+  machine.clusters.assign(resident / launch.cluster, Group{});
+  machine.grid = Group{0, launch.blocks()};
   machine.in_flight.clear();
   machine.stores.clear();
   machine.reads.clear();
-  machine.grid_barriers = at_grid_barrier = 0;
   machine.naps_since_event = 0;
   for (Range& range : ranges()) reset_cells(range);
   ready.clear();
@@ -509,17 +633,17 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
   shuffle_window = random.below(2) ? 64 : 1 << 20;
   victim = {int(random.below(launch.blocks())), int(random.below((launch.threads + 31) / 32))};
   if (const uint64_t which = random.below(3); which < 2) (which ? victim.block : victim.warp) = -1;
-  block_order.resize(launch.blocks());
-  for (unsigned i = 0; i < launch.blocks(); ++i) block_order[i] = i;
+  cluster_order.resize(launch.blocks() / launch.cluster);
+  for (unsigned i = 0; i < cluster_order.size(); ++i) cluster_order[i] = i;
   if (policy != kRoundRobin)
-    for (unsigned i = launch.blocks(); i > 1; --i) std::swap(block_order[i - 1], block_order[random.below(i)]);
-  next_block = 0;
+    for (size_t i = cluster_order.size(); i > 1; --i) std::swap(cluster_order[i - 1], cluster_order[random.below(i)]);
+  next_cluster = 0;
   blocks_left = launch.blocks();
   body = launch_body;
   body_arguments = arguments;
   blockDim = dim3(launch.threads);
   gridDim = dim3(launch.grid_x, launch.grid_y);
-  for (unsigned slot = 0; slot < machine.slots.size(); ++slot) start_block(slot);
+  for (unsigned place = 0; place < machine.clusters.size(); ++place) start_cluster(place);
   while (blocks_left > 0 && error.empty()) {
     try {
       run(next_fibre());
@@ -535,10 +659,11 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
 
 int attribute(int which, int* value) {
   const Device& device = machine.device;
+  const int threads = device.capability < 80 ? 1024 : device.capability < 120 && device.capability % 10 == 0 ? 2048 : 1536;
   const std::map<int, int> values = {
       {1, 1024}, {8, std::min(device.shared_bytes, 48 * 1024)}, {10, 32}, {16, device.multiprocessors}, {38, 1 << 20},
-      {39, 2048}, {75, device.capability / 10}, {76, device.capability % 10}, {81, device.shared_bytes + 1024}, {95, 1},
-      {97, device.shared_bytes}, {111, 1024}};
+      {39, threads}, {75, device.capability / 10}, {76, device.capability % 10}, {81, device.shared_bytes + reserved_bytes()},
+      {95, 1}, {97, device.shared_bytes}, {111, reserved_bytes()}};
   const auto found = values.find(which);
   if (found == values.end()) return refuse(801);
   *value = found->second;
@@ -564,8 +689,8 @@ int capability() { return machine.device.capability; }
 static bool in_call;
 
 extern "C" {
-void emulator_set_device(int multiprocessors, int shared_bytes, int capability, int blocks_per_multiprocessor) {
-  machine.device = {multiprocessors, shared_bytes, capability, blocks_per_multiprocessor};
+void emulator_set_device(int multiprocessors, int shared_bytes, int capability) {
+  machine.device = {multiprocessors, shared_bytes, capability};
   shared_limits.clear();
 }
 
