@@ -88,6 +88,8 @@ class Report:
         print(f"\n{title}", flush=True)
         try:
             return function(self, *arguments)
+        except Skip as reason:
+            self.add(title, "skip", str(reason))
         except Exception as error:
             self.add(title, "FAIL", described(error))
 
@@ -173,6 +175,7 @@ CASES = [
     Case("small channels", (32, 128, 28, 28), small=(3, 5, 8, 8)),
     Case("middle channels", (32, 64, 112, 112), small=(4, 3, 16, 16)),
     Case("large channels", (16, 64, 256, 256), small=(5, 2, 64, 64)),
+    Case("middle channels, more than multiprocessors", (32, 256, 40, 40), small=(4, 8, 24, 24)),
     Case("very large channels", (64, 64, 512, 512), data="uniform", small=(7, 1, 96, 96)),
     Case("very large channels, odd plane", (64, 8, 511, 513), small=(5, 1, 95, 97)),
     Case("very large channels, float16", (64, 8, 512, 512), F16, F32, small=(7, 1, 128, 128)),
@@ -189,6 +192,8 @@ CASES = [
     # Sizes: planes that are no multiple of a vector, and the smallest of everything.
     Case("plane 7x7", (32, 2048, 7, 7), small=(16, 9, 7, 7)),
     Case("plane 7x7, float16", (32, 512, 7, 7), F16, F32, small=(6, 9, 7, 7)),
+    Case("plane 7x7, large channels", (256, 2048, 7, 7), small=(12, 16, 7, 7)),
+    Case("plane 7x7, few large channels", (512, 64, 7, 7), small=(32, 4, 7, 7)),
     Case("plane 3x5", (9, 17, 3, 5)),
     Case("plane 1x1", (128, 10, 1, 1)),
     Case("plane 1x1, bfloat16", (128, 10, 1, 1), BF16, F32),
@@ -222,6 +227,7 @@ CASES = [
     Case("mean/std = 200, bfloat16", (16, 64, 56, 56), BF16, F32, data="mean 200", small=(4, 3, 16, 16)),
     Case("a constant channel", (16, 8, 56, 56), data="constant", small=(4, 3, 16, 16)),
     Case("an outlier of 1e6 first", (16, 8, 56, 56), data="outlier first", small=(4, 3, 16, 16)),
+    Case("an outlier of 1e6 first in a large channel", (64, 1, 224, 224), data="outlier first", small=(1, 1, 512, 512)),
     Case("an outlier of 1e6 in the middle", (16, 8, 56, 56), data="outlier middle", small=(4, 3, 16, 16)),
     Case("an outlier of 1e6 last", (16, 8, 56, 56), data="outlier last", small=(4, 3, 16, 16)),
     Case("var near eps", (16, 8, 56, 56), data="tiny", small=(4, 3, 16, 16)),
@@ -231,6 +237,7 @@ CASES = [
     Case("three steps", (16, 32, 14, 14), steps=3, small=(3, 4, 6, 6)),
     Case("three steps, cumulative average", (16, 32, 14, 14), steps=3, settings=(("momentum", None),), small=(3, 4, 6, 6)),
     Case("cumulative average, large channels", (16, 64, 256, 256), steps=2, settings=(("momentum", None),), small=(5, 2, 64, 64)),
+    Case("cumulative average, odd plane", (7, 33, 101, 99), steps=2, settings=(("momentum", None),), small=(3, 2, 51, 49)),
     Case("momentum = 1", (16, 32, 14, 14), settings=(("momentum", 1.0),), small=(3, 4, 6, 6)),
     Case("momentum = 0", (16, 32, 14, 14), settings=(("momentum", 0.0),), small=(3, 4, 6, 6)),
     Case("momentum = -0.5", (16, 32, 14, 14), settings=(("momentum", -0.5),), small=(3, 4, 6, 6)),
@@ -239,6 +246,7 @@ CASES = [
     Case("no running buffers", (16, 32, 14, 14), settings=(("track_running_stats", False),), small=(3, 4, 6, 6)),
     Case("eval", (16, 32, 28, 28), training=False, small=(3, 4, 8, 8)),
     Case("eval, odd plane, bfloat16", (16, 32, 7, 7), BF16, F32, training=False, small=(3, 4, 7, 7)),
+    Case("eval, plane 7x7", (32, 2048, 7, 7), training=False, small=(16, 8, 7, 7)),
     Case("eval, large", (16, 64, 256, 256), training=False, small=(5, 3, 64, 64)),
     Case("eval, large, odd plane", (16, 64, 255, 257), training=False, small=(5, 3, 63, 65)),
     Case("eval, channels-last", (16, 32, 28, 28), training=False, layout="channels_last", small=(3, 4, 8, 8)),
@@ -651,7 +659,8 @@ def forward_without_functional(target: Target) -> None:
 @behaviour("any")
 def repeatable(target: Target) -> None:
     """bitwise the same over 3 runs, with and without grad."""
-    for large, small in (((16, 64, 256, 256), (3, 2, 24, 24)), ((32, 64, 56, 56), (3, 4, 8, 8)), ((9, 5, 31, 33), (3, 2, 7, 9))):
+    for large, small in (((16, 64, 256, 256), (3, 2, 24, 24)), ((32, 64, 56, 56), (3, 4, 8, 8)), ((9, 5, 31, 33), (3, 2, 7, 9)),
+                         ((32, 256, 40, 40), (4, 8, 24, 24)), ((256, 2048, 7, 7), (12, 16, 7, 7))):
         x = random_x(target, *size_for(target, large, small))
         results = []
         for run in range(3):
@@ -771,7 +780,8 @@ def memory_needed(target: Target) -> str:
 @behaviour("cuda")
 def poisoned_memory(target: Target) -> None:
     """output and scratch memory poisoned before the launch."""
-    for shape in ((16, 64, 256, 256), (32, 256, 28, 28), (7, 33, 101, 99), (2, 3, 512, 512), (4, 5000, 6, 6), (8, 64, 512, 512)):
+    for shape in ((16, 64, 256, 256), (32, 256, 28, 28), (7, 33, 101, 99), (2, 3, 512, 512), (4, 5000, 6, 6), (8, 64, 512, 512),
+                  (256, 2048, 7, 7)):
         x = random_x(target, *shape)
         clean = None
         for byte in (0x00, 0xFF, 0x01, 0x7F, None):  # NaN, flags that look set, counters that look full; None: what the last run left
@@ -1184,20 +1194,21 @@ def take_turns(contenders: dict[str, Callable], xs: list[torch.Tensor]) -> dict[
 
 
 @torch.no_grad()
-def measure(shape, dtype: torch.dtype, bar: float | None, target: Target) -> Speed:
-    """Times copy, eager, compile and ours in turn, each call on another copy of x, so that L2 never holds what is read."""
+def measure(shape, dtype: torch.dtype, bar: float | None, target: Target, peers: bool = True) -> Speed:
+    """Times copy, eager and compile (the peers), and ours in turn, each call on another copy of x, so that L2 never holds what is read."""
     xs = copies_of_x(shape, dtype)
-    y = torch.empty_like(xs[0])
-    eager, ours = (m.to("cuda", dtype) for m in (nn.BatchNorm2d(shape[1]), target.model(shape[1])))
-    torch._dynamo.reset()
-    contenders = {"copy": y.copy_, "eager": eager, "compile": torch.compile(copy.deepcopy(eager), dynamic=False), "ours": ours}
-    for name in ("eager", "compile"):
-        try:
-            contenders[name](xs[0])
-        except Exception as error:
-            print(f"       {name} of {show_shape(shape)} failed: {described(error)}")
-            del contenders[name]
-    ours(xs[0])
+    contenders = {"copy": torch.empty_like(xs[0]).copy_}
+    if peers:
+        eager = nn.BatchNorm2d(shape[1]).to("cuda", dtype)
+        torch._dynamo.reset()
+        for name, peer in {"eager": eager, "compile": torch.compile(copy.deepcopy(eager), dynamic=False)}.items():
+            try:
+                peer(xs[0])
+                contenders[name] = peer
+            except Exception as error:
+                print(f"       {name} of {show_shape(shape)} failed: {described(error)}")
+    contenders["ours"] = target.model(shape[1]).to("cuda", dtype)
+    contenders["ours"](xs[0])
     return Speed(shape, dtype, bar, take_turns(contenders, xs))
 
 
@@ -1226,25 +1237,81 @@ def host_us(target: Target) -> dict[str, float]:
     return {name: sorted(t)[5] for name, t in times.items()}
 
 
-def check_speed(report: Report, target: Target, rows) -> tuple[list[Speed], dict[str, float]]:
-    widths = [15, 9, 8, 9, 10, 24, 5, 7, 7, 9, 5, 8]
-    line = lambda cells: "  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths))
+def measure_all(report: Report, target: Target, rows, line: Callable[[list[str]], str], peers: bool = True) -> list[Speed]:
+    """Times the rows (shape, type, bar) and prints line(cells) of each."""
     print(line(SPEED_COLUMNS))
     speeds = []
     for shape, dtype, bar in rows:
         torch.cuda.empty_cache()
         try:
-            speeds.append(measure(shape, dtype, bar, target))
+            speeds.append(measure(shape, dtype, bar, target, peers))
             print(line(speeds[-1].cells()), flush=True)
         except Skip as reason:
             report.add(f"speed {show_shape(shape)} {show_dtype(dtype)}", "skip", str(reason))
         except Exception as error:
             report.add(f"speed {show_shape(shape)} {show_dtype(dtype)}", "FAIL", described(error))
+    return speeds
+
+
+def check_speed(report: Report, target: Target, rows) -> tuple[list[Speed], dict[str, float]]:
+    widths = [15, 9, 8, 9, 10, 24, 5, 7, 7, 9, 5, 8]
+    speeds = measure_all(report, target, rows, lambda cells: "  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths)))
     host = host_us(target)
     met = sum(s.verdict() == "met" for s in speeds)
     print(f"  {met} of {len(speeds)} rows meet their bar. TB/s counts x read and y written once each.")
     print(f"  whole call of 128×10×1×1, Python included: ours {host['ours']:.1f} µs, eager {host['eager']:.1f} µs")
     return speeds, host
+
+
+# ------------------------------------------------------------------------------------------------ the sm_80 path
+# What GPUs without bulk copies and clusters run, on a GPU that has both.
+
+STRUCTURES = ("resident", "packed", "ring", "hold")
+SM_80_CASES = ("small channels", "few channels", "plane 7x7", "plane 7x7, few large channels", "large channels",
+               "middle channels, more than multiprocessors", "very large channels, odd plane", "unaligned by one element",
+               "cumulative average, odd plane", "eval, large")
+SM_80_SPEED_CASES = [((16, 64, 256, 256), F32, None), ((32, 512, 28, 28), F32, None), ((64, 64, 512, 512), F32, None)]
+
+
+def sm_80_text(text: str) -> str:
+    """The text with its kernel compiled as far as PTX of compute capability 8.0 only, in a build directory of its own."""
+    for old, new in ((r'\[f"-gencode=.*?\]', '["-gencode=arch=compute_80,code=compute_80"]'),
+                     (r'name="fused_batch_norm"', 'name="fused_batch_norm_sm_80"')):
+        text, found = re.subn(old, new, text)
+        assert found == 1, f"model_new.py has {old} {found} times, expected once"
+    return text
+
+
+def sm_80_cells(cells: list[str]) -> list[str]:
+    """Shape, type, copy, ours and share of the copy, of a row of the speed table."""
+    return [cells[i] for i in (0, 1, 2, 5, 7)]
+
+
+def check_sm_80_case(target: Target, case: Case) -> str:
+    plan = target.plan(case.shape, case.dtype, case.training, dict(case.settings).get("momentum", 0.1))
+    assert not plan["bulk"] and (plan["team"] == 1 or plan["cooperative"] or not case.training), f"not compiled for 8.0: {plan}"
+    return f"{check_case(target, case)}   {STRUCTURES[plan['structure']]}"
+
+
+def check_sm_80(report: Report, text: str) -> list[Speed]:
+    print("  compiling the kernel, some 30 s the first time …", flush=True)
+    target = Target(execute(sm_80_text(text)), "cuda")
+    try:
+        target.plan((2, 4, 3, 3), F32)
+    except RuntimeError as error:
+        if "toolchain" in str(error):
+            raise Skip("the driver is too old to compile the PTX of this nvcc")
+        raise
+    for case in CASES:
+        if case.name in SM_80_CASES:
+            report.run(f"sm_80 path: {case_name(case)}", lambda: check_sm_80_case(target, case))
+            torch.cuda.empty_cache()
+    widths = [15, 9, 8, 24, 7]
+    line = lambda cells: "  sm_80 path  " + "  ".join(f"{c:>{w}}" for c, w in zip(sm_80_cells(cells), widths))
+    return measure_all(report, target, SM_80_SPEED_CASES, line, peers=False)
+
+
+# ------------------------------------------------------------------------------------------------------ the plan
 
 
 def plan_comments(text: str) -> dict[str, str]:
@@ -1275,12 +1342,8 @@ def show_plan(target: Target, shape, dtype: torch.dtype) -> None:
 # -------------------------------------------------------------------------------------------------- emulated devices
 
 # multiprocessors, shared memory of a block in bytes, compute capability: so small that tiny tensors walk every path of the plan.
-DEVICES = [(3, 16 << 10, (9, 0)), (1, 48 << 10, (7, 5)), (7, 99 << 10, (8, 6)), (2, 227 << 10, (10, 0)), (5, 32 << 10, (8, 0))]
-
-
-BRANCHES = ["bulk 0", "bulk 1", "team 1", "team more", "teams 1", "teams more", "cooperative 0", "cooperative 1", "tiles 1", "tiles more",
-            "held 0", "held more", "streamed 0", "streamed more", "whole vectors", "masked edges", "batch statistics",
-            "running statistics", "moving average", "cumulative average"]
+DEVICES = [(3, 16 << 10, (9, 0)), (1, 48 << 10, (7, 5)), (7, 99 << 10, (8, 6)), (2, 227 << 10, (10, 0)), (5, 32 << 10, (8, 0)),
+           (1, 163 << 10, (8, 0)), (40, 16 << 10, (9, 0))]
 RANDOM_CASES = 20  # in one check
 
 
@@ -1386,11 +1449,13 @@ def in_worker(*task) -> tuple[str, str, dict[str, int]]:
 
 def check_branches(taken: collections.Counter[str]) -> str:
     """Prints how many cases took each branch."""
+    import fuzz
+
     for branch, count in sorted(taken.items()):
         print(f"       {count:6,} cases: {branch}")
-    missing = [branch for branch in BRANCHES if not taken[branch]]
+    missing = [branch for branch in fuzz.BRANCHES if not taken[branch]]
     assert not missing, f"taken by no case: {', '.join(missing)}"
-    return f"{len(BRANCHES)} branches"
+    return f"{len(fuzz.BRANCHES)} branches"
 
 
 def check_emulated(report: Report, seeds: int, seed: int | None) -> None:
@@ -1450,9 +1515,10 @@ def chart(speeds: list[Speed]) -> str:
     return "```text\n" + "\n".join(lines) + "\n```"
 
 
-def write_readme(report: Report, speeds: list[Speed], host: dict[str, float], machine: str) -> None:
+def write_readme(report: Report, speeds: list[Speed], host: dict[str, float], sm_80: list[Speed] | None, machine: str) -> None:
     """Replaces what stands between `<!-- check.py: NAME -->` and `<!-- end -->` in README.md."""
-    measured = [(name, re.match(r"ours +(\S+) u +torch +(.*)", detail)) for name, status, detail in report.rows if status == "ok"]
+    measured = [(name, re.match(r"ours +(\S+) u +torch +(.*)", detail)) for name, status, detail in report.rows
+                if status == "ok" and not name.startswith("sm_80 path")]
     contents = {
         "machine": f"Measured on {machine} by `python check.py --readme`: {report.closing_line()}.",
         "speed": markdown_table(SPEED_COLUMNS[:-1], [s.cells()[:-1] for s in speeds]),
@@ -1460,6 +1526,8 @@ def write_readme(report: Report, speeds: list[Speed], host: dict[str, float], ma
         "chart": chart(speeds),
         "accuracy": markdown_table(["case", "our error, u", "torch's, u"], [[name, m[1], m[2].removesuffix(" u")] for name, m in measured if m]),
     }
+    if sm_80:
+        contents["sm_80"] = markdown_table(sm_80_cells(SPEED_COLUMNS), [sm_80_cells(s.cells()) for s in sm_80])
     path = ROOT / "README.md"
     readme = path.read_text()
     for name, content in contents.items():
@@ -1552,6 +1620,7 @@ def check_refusals(report: Report, target: Target) -> None:
 
 
 CASES_TITLE = "Correctness against float64: largest error of y, in roundings (u) of its type"
+SM_80_TITLE = "The path of GPUs without bulk copies and clusters: compiled for sm_80, on this GPU"
 PASTING_TITLE = "Paste-ability: the text of model_new.py, loaded as kernel benchmark harnesses load it"
 COMPILATION_TITLE = "The CUDA text, compiled by nvcc for each architecture"
 
@@ -1580,11 +1649,14 @@ def check_on_gpu(report: Report, text: str, arguments: argparse.Namespace) -> No
         report.section(PASTING_TITLE, check_pasting, text)
         if not arguments.quick:
             report.section(COMPILATION_TITLE, check_compilation, text)
+    speeds, sm_80 = None, None
     if not arguments.quick and not arguments.only:
         speeds = report.section("Speed: GPU time of one training forward, L2 cold; median of runs in which all four take turns",
                                 check_speed, target, speed_rows)
-        if arguments.readme and speeds:
-            write_readme(report, *speeds, gpu_name())
+    if not arguments.quick and not arguments.shape and report.wants("sm_80 path") and torch.cuda.get_device_capability() >= (9, 0):
+        sm_80 = report.section(SM_80_TITLE, check_sm_80, text)
+    if arguments.readme and speeds:
+        write_readme(report, *speeds, sm_80, gpu_name())
 
 
 def check_without_gpu(report: Report, text: str, arguments: argparse.Namespace) -> None:

@@ -5,19 +5,23 @@
 x is read from memory once and y is written once, as a copy would do: between the sweep that sums and the
 sweep that writes, a channel's data stays on the chip.
 
-    channel c  =  tile tile tile tile tile tile …       its N planes, cut into tiles of up to 16 KB
-                  │    │    │    │                      dealt in turn to a team of blocks, one block per
-                block block block block …               multiprocessor; teams take channels in turn
+Few channels at a time are under way, and a channel is shared by a team of blocks. make_plan() in the CUDA text chooses,
+from shape and device, one of these structures of the one kernel, and the sizes in it:
 
-    in a block:   producer ──► ring of tiles in shared memory ──► store ──► y
-                                     │                              ▲
-                                     └──► statistics ──► exchange ──┘
-                                          (sums)         (with the team's other blocks: mean, inv_std)
+    resident   a block's share of a channel fits into half of a multiprocessor's shared memory: each thread copies vectors of
+               its own there, sums them, waits for the team, and stores them normalised. Blocks overlap each other's phases.
+    packed     the same where planes do not end with a 16-byte vector (7×7, say), on a few channels side by side that do.
+    ring       one block per multiprocessor takes channel after channel, as tiles:
 
-Each arrow is a few warps that run on their own, held together by barriers per tile and per channel, so the
-next channels' tiles already come in while this one's sums travel. What the ring cannot hold is kept in
-registers (`held`) or read a second time (`streamed`). make_plan() in the CUDA text decides all of that from
-shape and device.
+               producer ──► ring of tiles in shared memory ──► store ──► y
+                                │                              ▲
+                                └──► statistics ──► exchange ──┘
+                                     (sums)         (with the team's other blocks: mean, inv_std)
+
+               Each arrow is a few warps that run on their own, held together by barriers per tile and per channel, so the
+               next channels' tiles already come in while this one's sums travel.
+    hold       the same for what the ring cannot hold: part of it stays in registers (`held`), part is read a second time
+               (`streamed`).
 """
 
 import os
@@ -67,7 +71,9 @@ FUSED_BATCH_NORM_CUDA = r'''
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
+#include <utility>
 
 namespace {
 
@@ -75,16 +81,27 @@ namespace {
 // Constants
 // ---------------------------------------------------------------------------------------------
 constexpr int kVectorBytes = 16;      // one access of one thread
-constexpr int kMaxThreads = 512;      // 16 warps with 128 registers a thread fill a multiprocessor
+constexpr int kRingThreads = 512;     // at most, in a block that has a multiprocessor to itself
+constexpr int kResidentOverheadBytes = 2048;  // of its shared memory, for all but x and the threads' sums
 constexpr int kMaxSlots = 32;         // tiles in a block's ring: more barriers take longer to set up than they win
 constexpr int kOverheadBytes = 6144;  // of shared memory, for all but the ring
+constexpr int kMaxCluster = 8;        // blocks, that any GPU with clusters takes
 constexpr int kMaxTeamPerLane = 5;    // blocks that one lane of an exchange warp listens to: teams of up to 160
+constexpr int kMaxPack = 8;           // channels that lie side by side in a packed plane
 constexpr int kAtOnce = 4;            // vectors that a lane has on their way from shared memory
-constexpr int kAtOnceHolding = 3;     // the same where most registers hold tiles
+constexpr int kAtOnceHolding = 2;     // the same where most registers hold tiles
 constexpr int kHoldThreads = 384;     // 12 warps with 168 registers a thread, for channels that the ring cannot hold:
-constexpr int kHeldVectors = 15;      // vectors a lane of a tile that a warp keeps in registers
+constexpr int kResidentThreads = 512; // at most, in a block of which a multiprocessor takes two
+constexpr int kResidentVectors = 14;  // of such a thread: two such blocks fill shared memory
+// What a warp keeps in registers, as much as spills nothing: tiles, and vectors a lane of a tile.
 template <typename T, bool kMasked>
-constexpr int kHeldTiles = kMasked || sizeof(T) != 4 ? 1 : 2;  // such tiles of a warp: as many as spill nothing
+constexpr int kHeldTiles = kMasked || sizeof(T) != 4 ? 1 : 2;
+constexpr int held_vectors(int architecture) { return architecture < 100 ? 15 : 14; }
+#ifdef __CUDA_ARCH__
+constexpr int kHeldVectors = held_vectors(__CUDA_ARCH__ / 10);
+#else
+constexpr int kHeldVectors = held_vectors(0);
+#endif
 
 // ---------------------------------------------------------------------------------------------
 // The hardware: all that is not plain CUDA C++, each in one function
@@ -172,7 +189,7 @@ __device__ void barrier_arrive_expect(Barrier* b, unsigned bytes) {
 
 __device__ Policy make_policy(Keep keep) {
   Policy policy = 0;
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 800
   if (keep == Keep::kLast)
     asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   else
@@ -192,11 +209,26 @@ __device__ void copy_bulk(void* shared, const void* global, unsigned bytes, Barr
 }
 
 // 16 bytes by this thread, some time later.
-__device__ void copy_16(void* shared, const void* global) {
+__device__ void copy_16(void* shared, const void* global, Policy policy) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "l"(policy) : "memory");
 #else
   *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+}
+
+// The copy_16 of this thread since the last such call are a group.
+__device__ void copies_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Returns when all groups of this thread but the last `kPending` have landed, for this thread to see.
+template <int kPending>
+__device__ void copies_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
 }
 
@@ -206,6 +238,34 @@ __device__ void copies_arrive(Barrier* b) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(b)) : "memory");
 #else
   barrier_arrive(b);
+#endif
+}
+
+// The barrier of all threads of a cluster of blocks, in two halves.
+__device__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+__device__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+// The same variable in the shared memory of another block of the cluster.
+template <typename V>
+__device__ V* in_peer(V* shared, int rank) {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+#else
+  __trap();
+  return nullptr;
 #endif
 }
 
@@ -271,6 +331,25 @@ struct alignas(kVectorBytes) Vector {  // kept as words: as elements, 16-bit one
   }
 };
 
+// Rounds to T and packs.
+template <typename T, typename A>
+__device__ Vector<T> make_vector(const A (&v)[Vector<T>::kSize]) {
+  Vector<T> vector;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same<T, __half>::value) {
+      const __half2 pair = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
+      memcpy(&vector.word[i], &pair, 4);
+    } else if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+      memcpy(&vector.word[i], &pair, 4);
+    } else {
+      memcpy(&vector.word[i], reinterpret_cast<const char*>(v) + 4 * i, 4);
+    }
+  }
+  return vector;
+}
+
 template <typename T> struct Accumulator { using type = float; };
 template <> struct Accumulator<double> { using type = double; };
 
@@ -307,15 +386,16 @@ struct Divisor {         // n / divisor == umulhi(2n, magic) >> shift for all n 
   int shift;
 };
 
-struct Steps {           // of a ring: slot + any even (parity 0) or odd (1) number of whole turns
-  int slot;
-  unsigned parity;
-};
+enum Structure { kResident, kPacked, kRing, kHold };
 
 struct Plan {
-  int hold;              // the kernel for channels that the ring cannot hold
+  int structure;         // 0 resident, 1 packed, 2 ring, 3 hold
+  int pack;              // channels in a plane: 1, or (packed) as many as end with a vector together
+  int64_t packs, plane;  // such planes in one of the N images; elements of one
+  Divisor by_channel;    // elements of one channel in a plane
   int bulk;              // tiles come by the copy engine, else by 16-byte asynchronous copies
   int team, teams;       // blocks that share a channel; how many such teams
+  Divisor by_team;
   int cooperative;       // all blocks resident, with a barrier across the grid
   int producers, exchangers, storers, statistics;  // warps of each role
   unsigned plane_vectors, channel_vectors;         // 16-byte vectors that cover one plane; those of all N planes
@@ -328,7 +408,8 @@ struct Plan {
   int streamed;          // ... let go after the sums and read again; the rest stays in the ring
   int slots;             // tiles that the ring has room for: a multiple of the warps of each role that goes round it
   int channel_slots;     // channels that can be under way in a block
-  Steps channel_steps;   // in the ring, from one channel to the next
+  int partials;          // ... and the sums of warps that each has room for
+  unsigned threads;      // of a resident block, that take vectors
   int in_flight;         // tiles that the producer lets be on their way
   int64_t scratch_words;
   int shared_bytes;
@@ -337,7 +418,7 @@ struct Plan {
 struct Arguments {
   FusedBatchNormCall call;
   Plan plan;
-  Word* scratch;         // [C][2·team + 1], content unknown at the start
+  Word* scratch;         // [C][team + 1], content unknown at the start
 };
 
 template <typename A>
@@ -345,8 +426,21 @@ struct Result {          // what the store warps need: y = (x − mean)·scale +
   A mean, scale, shift;
 };
 
-struct Partial {         // sums over some part of a channel
-  double mean, m2, count;
+// Sums over some part of a channel, with d = x − pivot: Σ d and Σ d². All parts of a channel have the same pivot.
+template <typename A>
+struct Sums {
+  A s1 = 0, s2 = 0;
+  template <typename B>
+  __device__ void add(const Sums<B>& other) {
+    s1 += other.s1;
+    s2 += other.s2;
+  }
+};
+
+template <typename A>
+struct Partial {         // what a statistics warp has summed
+  A pivot;
+  Sums<A> sums;
 };
 
 // Where things lie in a block's shared memory.
@@ -354,7 +448,7 @@ struct Shared {
   unsigned char* ring;   // [slots][tile_vectors] vectors
   Barrier *full, *empty; // [slots]: tile has landed; tile may be overwritten
   Barrier *summed, *ready;  // [channel_slots]: partials are there; result is there
-  Partial* partial;      // [channel_slots][min(tiles, statistics)]
+  void* partial;         // [channel_slots][partials] Partial
   void* result;          // [channel_slots] Result
 
   __device__ Shared(unsigned char* base, const Plan& p) {
@@ -363,8 +457,8 @@ struct Shared {
     empty = full + p.slots;
     summed = empty + p.slots;
     ready = summed + p.channel_slots;
-    partial = reinterpret_cast<Partial*>(ready + p.channel_slots);
-    result = partial + p.channel_slots * min(p.tiles, p.statistics);
+    partial = ready + p.channel_slots;
+    result = static_cast<Partial<double>*>(partial) + p.channel_slots * p.partials;
   }
 };
 
@@ -385,9 +479,8 @@ __device__ unsigned divide(unsigned n, Divisor d) { return __umulhi(2 * n, d.mag
 struct RingPosition {
   int slot = 0;
   unsigned parity = 0;
-  __device__ void advance(Steps steps, int slots) {
-    slot += steps.slot;
-    parity ^= steps.parity;
+  __device__ void advance(int steps, int slots) {  // less than a turn
+    slot += steps;
     if (slot >= slots) {
       slot -= slots;
       parity ^= 1;
@@ -399,8 +492,8 @@ struct RingPosition {
 struct Block {
   const Arguments& a;
   const Shared shared;
-  const int rank = blockIdx.x;           // in the team
-  const int first_channel = blockIdx.y;  // then every teams-th
+  const int first_channel = divide(blockIdx.x, a.plan.by_team);  // then every teams-th
+  const int rank = blockIdx.x - first_channel * a.plan.team;     // in the team
   const int lane = threadIdx.x % 32;
   __device__ Block(const Arguments& a) : a(a), shared(dynamic_shared(), a.plan) {}
 };
@@ -414,7 +507,7 @@ struct Tile {
     first = unsigned(index * p.team + b.rank) * p.tile_vectors;
     const unsigned n = divide(first, p.by_plane_vectors);
     offset = first - n * p.plane_vectors;
-    plane = (n * b.a.call.C + channel) * b.a.call.HW;
+    plane = (n * p.packs + channel) * p.plane;
     clip(p);
   }
   __device__ void clip(const Plan& p) { count = first < p.channel_vectors ? min(p.tile_vectors, p.channel_vectors - first) : 0; }
@@ -425,11 +518,20 @@ struct Tile {
     plane += p.step_elements;
     if (offset >= p.plane_vectors) {
       offset -= p.plane_vectors;
-      plane += b.a.call.C * b.a.call.HW;
+      plane += p.packs * p.plane;
     }
     clip(p);
   }
 };
+
+// Where in x and y the first vector of a tile starts. The cover of a plane that is not made of whole vectors starts at
+// the 16-byte boundary before it.
+template <typename T, bool kMasked>
+__device__ int64_t first_element(const Block& b, const Tile& tile) {
+  constexpr int kSize = Vector<T>::kSize;
+  const int64_t element = tile.plane + int64_t(tile.offset) * kSize;
+  return kMasked ? element - int((tile.plane + reinterpret_cast<uintptr_t>(b.a.call.x) / sizeof(T)) & (kSize - 1)) : element;
+}
 
 // One vector of a tile: its first element's index in x and y, and which of its elements belong to the plane.
 template <typename T, bool kMasked>
@@ -441,13 +543,13 @@ struct Place {
     const Arguments& a = b.a;
     const unsigned q = tile.offset + v, row = divide(q, a.plan.by_plane_vectors);
     if (!kMasked) {
-      element = tile.plane + int64_t(q) * kSize + row * ((a.call.C - 1) * a.call.HW);
+      element = tile.plane + int64_t(q) * kSize + row * ((a.plan.packs - 1) * a.plan.plane);
     } else {  // the plane's cover starts at the 16-byte boundary before it
-      element = tile.plane + row * (a.call.C * a.call.HW);
+      element = tile.plane + row * (a.plan.packs * a.plan.plane);
       const int64_t in_plane = int64_t(q - row * a.plan.plane_vectors) * kSize;
       const int shift = int((element + reinterpret_cast<uintptr_t>(a.call.x) / sizeof(T)) & (kSize - 1));
       begin = in_plane == 0 ? shift : 0;
-      end = int(max(int64_t(0), min(int64_t(kSize), a.call.HW + shift - in_plane)));
+      end = int(max(int64_t(0), min(int64_t(kSize), a.plan.plane + shift - in_plane)));
       element += in_plane - shift;
     }
   }
@@ -465,35 +567,66 @@ __device__ Vector<T> elementwise(const Block& b, const Place<T, kMasked>& place)
   return x;
 }
 
-// Sums about a pivot: with d = x − pivot, s1 = Σ d and s2 = Σ d².
+// This lane's share in the choice of a channel's pivot: one of 32 elements that lie scattered over the channel, the same in
+// every block and warp. It is far from being needed when it is loaded.
+template <typename T, typename A = typename Accumulator<T>::type>
+__device__ A load_sample(const Block& b, int64_t channel) {
+  const FusedBatchNormCall& call = b.a.call;
+  if (channel >= call.C) return 0;
+  const int64_t n = __umulhi(b.lane * 0x9e3779b9u, unsigned(call.N)), i = __umulhi(b.lane * 0x85ebca6bu, unsigned(call.HW));
+  return widen(static_cast<const T*>(call.x)[(n * call.C + channel) * call.HW + i]);
+}
+
+// The pivot: a mean of the sample, so that (pivot − mean)² is about var/32 and nothing cancels. A mean of medians of three
+// lanes each, so that no single outlier moves it away from all the others.
 template <typename A>
-struct Sums {
-  A s1 = 0, s2 = 0;
-  unsigned count = 0;
-  template <typename T, bool kMasked>
-  __device__ void add(const Vector<T>& x, const Place<T, kMasked>& place, A pivot) {
-#pragma unroll
-    for (int i = 0; i < Vector<T>::kSize; ++i) {
-      const A d = place.has(i) ? widen(x.get(i)) - pivot : A(0);
-      s1 += d;
-      s2 += d * d;
-    }
-    count += place.count();
-  }
-  __device__ void add(const Sums& other) {
-    s1 += other.s1;
-    s2 += other.s2;
-    count += other.count;
-  }
+__device__ A pivot_of(A sample) {
+  const A second = __shfl_xor_sync(0xffffffffu, sample, 1), third = __shfl_xor_sync(0xffffffffu, sample, 2);
+  const A median = max(min(sample, second), min(max(sample, second), third));
+  const A pivot = warp_sum(median) / 32;
+  return isfinite(pivot) ? pivot : A(0);
+}
+
+// Something for a vector's elements: `a` for the first `split`, `b` for those of the next channel (kPacked).
+template <typename V>
+struct Pick {
+  V a, b;
+  int split;
+  __device__ V operator[](int i) const { return i < split ? a : b; }
 };
+
+template <typename T, typename V>
+__device__ Pick<V> same(V v) { return {v, v, Vector<T>::kSize}; }
+
+// Adds one vector of x to sums of its elements: of each, or of every second, third … one.
+template <typename T, bool kMasked, int kSums, typename A>
+__device__ void add_vector(Sums<A> (&sums)[kSums], const Vector<T>& x, const Place<T, kMasked>& place, const Pick<A>& pivot) {
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kSize; ++i) {
+    const A d = place.has(i) ? widen(x.get(i)) - pivot[i] : A(0);
+    sums[i % kSums].s1 += d;
+    sums[i % kSums].s2 += d * d;
+  }
+}
+
+// The sums of elements begin … end − 1.
+template <typename A, int kSums>
+__device__ Sums<A> add_up(const Sums<A> (&sums)[kSums], int begin = 0, int end = kSums) {
+  Sums<A> all;
+#pragma unroll
+  for (int i = 0; i < kSums; ++i)
+    if (i >= begin && i < end) all.add(sums[i]);
+  return all;
+}
 
 // y = (x − mean)·scale + shift for one vector, where shift holds beta and what the rounded mean left over. The mean
 // goes first: folded into the shift, it would take digits along where |mean| ≫ std.
 template <typename T, bool kMasked, typename A>
-__device__ void normalise(const Block& b, const Vector<T>& x, const Place<T, kMasked>& place, const Result<A>& r) {
-  Vector<T> y;
+__device__ void normalise(const Block& b, const Vector<T>& x, const Place<T, kMasked>& place, const Pick<Result<A>>& r) {
+  A normal[Vector<T>::kSize];
 #pragma unroll
-  for (int i = 0; i < Vector<T>::kSize; ++i) y.set(i, narrow<T>((widen(x.get(i)) - r.mean) * r.scale + r.shift));
+  for (int i = 0; i < Vector<T>::kSize; ++i) normal[i] = (widen(x.get(i)) - r[i].mean) * r[i].scale + r[i].shift;
+  const Vector<T> y = make_vector<T>(normal);
   T* const to = static_cast<T*>(b.a.call.y) + place.element;
   if (!kMasked || place.count() == Vector<T>::kSize) {
     store_vector(reinterpret_cast<Vector<T>*>(to), y, b.a.plan.streamed > 0);
@@ -512,21 +645,69 @@ __device__ Vector<T>* tile_at(const Block& b, int slot) {
   return reinterpret_cast<Vector<T>*>(b.shared.ring) + unsigned(slot) * b.a.plan.tile_vectors;
 }
 
-// Calls use(i, v, vector) for this lane's vectors of a tile, kAtOnce at a time; i counts those.
+// Calls use(v, vector) for a tile's vectors first, first + step … up to `end`, kAtOnce at a time.
 template <int kAtOnce, typename T, typename Use>
-__device__ void for_each_vector(const Vector<T>* tile, unsigned count, int lane, Use use) {
-  unsigned v = lane;
+__device__ void for_each_vector(const Vector<T>* tile, unsigned first, unsigned end, unsigned step, Use use) {
+  unsigned v = first;
 #pragma unroll 1
-  for (; v - lane + 32 * kAtOnce <= count; v += 32 * kAtOnce) {
+  for (; v + step * (kAtOnce - 1) < end; v += step * kAtOnce) {
     Vector<T> x[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) x[i] = tile[v + 32 * i];
+    for (int i = 0; i < kAtOnce; ++i) x[i] = tile[v + step * i];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) use(i, v + 32 * i, x[i]);
+    for (int i = 0; i < kAtOnce; ++i) use(v + step * i, x[i]);
   }
 #pragma unroll
   for (int i = 0; i < kAtOnce; ++i)
-    if (v + 32 * i < count) use(i, v + 32 * i, tile[v + 32 * i]);
+    if (v + step * i < end) use(v + step * i, tile[v + step * i]);
+}
+
+// What lies past the end of x is not read.
+template <typename T, bool kMasked>
+__device__ bool inside(const Block& b, const Place<T, kMasked>& from) {
+  return !kMasked || from.element + Vector<T>::kSize <= b.a.call.N * b.a.call.C * b.a.call.HW;
+}
+
+// Sends for one vector of a tile, by this thread.
+template <typename T, bool kMasked>
+__device__ void fetch(const Block& b, const Tile& tile, unsigned v, Vector<T>* to, Policy policy) {
+  const Place<T, kMasked> from(b, tile, v);
+  if (inside(b, from)) copy_16(to + v, static_cast<const T*>(b.a.call.x) + from.element, policy);
+  else to[v] = elementwise(b, from);
+}
+
+// Sends a tile on its way into a slot of the ring: by the copy engine, a warp for all, or by `producers` warps.
+template <typename T, bool kMasked>
+__device__ void send(const Block& b, const Tile& tile, int slot, int warp, Policy policy) {
+  const Plan& p = b.a.plan;
+  const T* const x = static_cast<const T*>(b.a.call.x);
+  Barrier* const full = &b.shared.full[slot];
+  Vector<T>* const to = tile_at<T>(b, slot);
+  if (p.bulk) {
+    unsigned count = tile.count;
+    while (kMasked && count > 0) {
+      const Place<T, kMasked> last(b, tile, count - 1);
+      if (inside(b, last)) break;
+      --count;
+      if (b.lane == 0) to[count] = elementwise(b, last);
+    }
+    if (b.lane == 0) barrier_arrive_expect(full, count * kVectorBytes);
+    const unsigned behind = tile.offset + count;
+    if (behind <= p.plane_vectors) {  // within one plane
+      if (b.lane == 0 && count > 0) copy_bulk(to, x + first_element<T, kMasked>(b, tile), count * kVectorBytes, full, policy);
+      return;
+    }
+    __syncwarp();  // the bytes are announced before they are sent for
+    for (unsigned plane = b.lane * p.plane_vectors; plane < behind; plane += 32 * p.plane_vectors) {  // a copy each
+      const unsigned begin = max(plane, tile.offset) - tile.offset, end = min(plane + p.plane_vectors, behind) - tile.offset;
+      if (begin < end) copy_bulk(to + begin, x + Place<T, kMasked>(b, tile, begin).element, (end - begin) * kVectorBytes, full, policy);
+    }
+  } else {
+#pragma unroll 2
+    for (unsigned v = warp * 32 + b.lane; v < tile.count; v += p.producers * 32) fetch<T, kMasked>(b, tile, v, to, policy);
+    copies_arrive(full);
+    barrier_arrive(full);  // for all but the copies, whose own arrival orders nothing else
+  }
 }
 
 // The whole warp has read a tile: one arrival.
@@ -557,12 +738,13 @@ struct Producer {
         barrier_wait(&b.shared.empty[position.slot], position.parity ^ 1);
         if (sent >= p.in_flight) {  // more at once would make the blocks drift apart, which costs DRAM locality
           barrier_wait(&b.shared.full[landing.slot], landing.parity);
-          landing.advance({1, 0}, p.slots);
+          landing.advance(1, p.slots);
         }
       }
       __syncwarp();
-      load();
-      position.advance({1, 0}, p.slots);
+      const bool again = index >= p.held && index < p.held + p.streamed;
+      send<T, kMasked>(b, tile, position.slot, warp, again || p.streamed == 0 ? keep_last : keep_first);
+      position.advance(1, p.slots);
       if (++index == p.tiles) {
         index = 0;
         channel += p.teams;
@@ -572,89 +754,40 @@ struct Producer {
       }
     }
   }
-
-  __device__ void load() {
-    const Plan& p = b.a.plan;
-    const T* const x = static_cast<const T*>(b.a.call.x);
-    Barrier* const full = &b.shared.full[position.slot];
-    Vector<T>* const to = tile_at<T>(b, position.slot);
-    const unsigned behind = tile.offset + tile.count;
-    if (p.bulk) {
-      const bool again = index >= p.held && index < p.held + p.streamed;
-      const Policy policy = again || p.streamed == 0 ? keep_last : keep_first;
-      if (behind <= p.plane_vectors) {
-        if (b.lane == 0) {
-          barrier_arrive_expect(full, tile.count * kVectorBytes);
-          if (tile.count > 0) copy_bulk(to, x + tile.plane + int64_t(tile.offset) * Vector<T>::kSize, tile.count * kVectorBytes, full, policy);
-        }
-      } else {  // a copy per plane that the tile touches, a lane each
-        if (b.lane == 0) barrier_arrive_expect(full, tile.count * kVectorBytes);
-        __syncwarp();  // the bytes are announced before they are sent for
-        const unsigned planes = divide(behind - 1, p.by_plane_vectors) + 1;
-        for (unsigned i = b.lane; i < planes; i += 32) {
-          const unsigned begin = max(i * p.plane_vectors, tile.offset) - tile.offset;
-          const unsigned end = min((i + 1) * p.plane_vectors, behind) - tile.offset;
-          copy_bulk(to + begin, x + Place<T, false>(b, tile, begin).element, (end - begin) * kVectorBytes, full, policy);
-        }
-      }
-    } else {
-      const int64_t elements = b.a.call.N * b.a.call.C * b.a.call.HW;
-#pragma unroll 2
-      for (unsigned v = warp * 32 + b.lane; v < tile.count; v += p.producers * 32) {
-        const Place<T, kMasked> from(b, tile, v);
-        if (from.count() > 0 && from.element + Vector<T>::kSize <= elements)
-          copy_16(to + v, x + from.element);
-        else  // nothing past the end of x is read
-          to[v] = elementwise(b, from);
-      }
-      copies_arrive(full);
-      barrier_arrive(full);  // for all but the copies, whose own arrival orders nothing else
-    }
-  }
 };
 
-// A statistics warp's sums over its tiles of one channel, as they land.
+// A statistics warp's sums over its tiles of one channel.
 template <typename T, bool kMasked, int kAtOnce, typename A = typename Accumulator<T>::type>
 struct Summary {
   const Block& b;
-  A pivot = 0;
+  const A pivot;
   Sums<A> sums;
 
-  // The pivot: the mean of the first vectors that the warp has, so |pivot − mean|² is at most (elements per pivot
-  // element)·var, whatever the data, and nothing cancels.
-  __device__ void choose_pivot(const Vector<T>* vectors, const Tile& tile) {
-    Sums<A> few;
-    if (b.lane < tile.count) few.add(vectors[b.lane], Place<T, kMasked>(b, tile, b.lane), A(0));
-    const A count = A(max(warp_sum(few.count), 1u));
-    pivot = warp_sum(few.s1) / count;
-    if (!isfinite(pivot)) pivot = 0;
+  __device__ void add(const Vector<T>* vectors, const Tile& tile, unsigned first, unsigned step) {
+    Sums<A> part[kAtOnce];  // of one tile: rounding errors of short sums stay short
+    for_each_vector<kAtOnce>(vectors, first, tile.count, step,
+                             [&](unsigned v, const Vector<T>& x) { add_vector(part, x, Place<T, kMasked>(b, tile, v), same<T>(pivot)); });
+    sums.add(add_up(part));
   }
 
-  __device__ void add(const Sums<A> (&part)[kAtOnce]) {  // of one tile: rounding errors of short sums stay short
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) sums.add(part[i]);
-  }
-
-  __device__ void add(const Vector<T>* vectors, const Tile& tile) {
-    Sums<A> part[kAtOnce];
-    for_each_vector<kAtOnce>(vectors, tile.count, b.lane,
-                    [&](int i, unsigned v, const Vector<T>& x) { part[i].add(x, Place<T, kMasked>(b, tile, v), pivot); });
-    add(part);
-  }
-
-  // mean = pivot + s1/count, m2 = s2 − s1²/count
-  __device__ void publish(int channel_slot, int index) {
-    const A s1 = warp_sum(sums.s1), s2 = warp_sum(sums.s2);
-    const unsigned count = warp_sum(sums.count);
+  __device__ void publish(Partial<A>* partial, Barrier* summed) {
+    const Sums<A> warp = {warp_sum(sums.s1), warp_sum(sums.s2)};
     __syncwarp();  // else a slow lane might still read a tile that other warps then let go
     if (b.lane == 0) {
-      const A offset = s1 / A(max(count, 1u));
-      b.shared.partial[channel_slot * min(b.a.plan.tiles, b.a.plan.statistics) + index] =
-          Partial{double(pivot) + double(offset), double(s2 - s1 * offset), double(count)};
-      barrier_arrive(&b.shared.summed[channel_slot]);
+      *partial = Partial<A>{pivot, warp};
+      barrier_arrive(summed);
     }
   }
 };
+
+template <typename A>
+__device__ Partial<A>* partial_at(const Block& b, int channel_slot, int index) {
+  return static_cast<Partial<A>*>(b.shared.partial) + channel_slot * b.a.plan.partials + index;
+}
+
+// By a warp: lane i brings the sums of part i, all get the whole.
+template <typename A>
+__device__ Sums<double> warp_sum(const Sums<A>& own) { return {warp_sum(double(own.s1)), warp_sum(double(own.s2))}; }
 
 template <typename A>
 __device__ Result<A> wait_for_result(const Block& b, RingPosition at) {
@@ -662,33 +795,23 @@ __device__ Result<A> wait_for_result(const Block& b, RingPosition at) {
   return static_cast<const Result<A>*>(b.shared.result)[at.slot];
 }
 
-// Statistics. The tiles of the ring go to the warps in turn, from channel to channel too, so that all are busy where
-// channels have few tiles.
+// Statistics. All warps share each tile.
 template <typename T, bool kMasked>
-__device__ void summarise(const Block& b, int warp) {
+__device__ void summarise(const Block& b, int warp, typename Accumulator<T>::type sample) {
+  using A = typename Accumulator<T>::type;
   const Plan& p = b.a.plan;
-  const int shift = p.tiles % p.statistics;
-  RingPosition channel_start, at;
-  int first = warp;
+  RingPosition position, at;
   for (int64_t channel = b.first_channel; channel < b.a.call.C; channel += p.teams) {
-    if (first < p.tiles) {
-      RingPosition position = channel_start;
-      position.advance({first, 0}, p.slots);
-      Summary<T, kMasked, kAtOnce> summary{b};
-      for (int t = first; t < p.tiles; t += p.statistics) {
-        barrier_wait(&b.shared.full[position.slot], position.parity);
-        const Tile tile(b, channel, t);
-        const Vector<T>* const vectors = tile_at<T>(b, position.slot);
-        if (t == first) summary.choose_pivot(vectors, tile);
-        summary.add(vectors, tile);
-        position.advance({p.statistics, 0}, p.slots);
-      }
-      summary.publish(at.slot, first);
+    Summary<T, kMasked, kAtOnce> summary{b, pivot_of(sample)};
+    sample = load_sample<T>(b, channel + p.teams);
+    Tile tile(b, channel, 0);
+    for (int t = 0; t < p.tiles; ++t, tile.advance(b)) {
+      barrier_wait(&b.shared.full[position.slot], position.parity);
+      summary.add(tile_at<T>(b, position.slot), tile, warp * 32 + b.lane, p.statistics * 32);
+      position.advance(1, p.slots);
     }
-    first -= shift;
-    if (first < 0) first += p.statistics;
-    at.advance({1, 0}, p.channel_slots);
-    channel_start.advance(p.channel_steps, p.slots);
+    summary.publish(partial_at<A>(b, at.slot, warp), &b.shared.summed[at.slot]);
+    at.advance(1, p.channel_slots);
   }
 }
 
@@ -696,48 +819,49 @@ __device__ void summarise(const Block& b, int warp) {
 // its last in the ring, lets the others go, and when the result is there stores the first, then the last, and reads
 // the others again. `tiles` is a multiple of the warps, so a slot of the ring is the same warp's in every round.
 template <typename T, bool kMasked>
-__device__ void hold(const Block& b, int warp) {
+__device__ void hold(const Block& b, int warp, typename Accumulator<T>::type sample) {
   using A = typename Accumulator<T>::type;
   constexpr int kTiles = kHeldTiles<T, kMasked>;
   const Plan& p = b.a.plan;
   const int64_t elements = b.a.call.N * b.a.call.C * b.a.call.HW;
   RingPosition position, at;
-  position.advance({warp, 0}, p.slots);
+  position.advance(warp, p.slots);
   for (int64_t channel = b.first_channel; channel < b.a.call.C; channel += p.teams) {
     Vector<T> held[kTiles][kHeldVectors];
-    Summary<T, kMasked, kAtOnceHolding> summary{b};
+    Summary<T, kMasked, kAtOnceHolding> summary{b, pivot_of(sample)};
+    sample = load_sample<T>(b, channel + p.teams);
     int t = warp;
 #pragma unroll
     for (int h = 0; h < kTiles; ++h, t += p.statistics) {
       barrier_wait(&b.shared.full[position.slot], position.parity);
       const Tile tile(b, channel, t);
       const Vector<T>* const vectors = tile_at<T>(b, position.slot);
-      if (h == 0) summary.choose_pivot(vectors, tile);
-      Sums<A> part[kAtOnceHolding];
+      Sums<A> part[2];
 #pragma unroll
       for (int i = 0; i < kHeldVectors; ++i) {
         const unsigned v = b.lane + 32 * i;
         if (v < tile.count) {
           held[h][i] = vectors[v];
-          part[i % kAtOnceHolding].add(held[h][i], Place<T, kMasked>(b, tile, v), summary.pivot);
+          add_vector(part, held[h][i], Place<T, kMasked>(b, tile, v), same<T>(summary.pivot));
         }
       }
-      summary.add(part);
+      summary.sums.add(add_up(part));
       release(b, position.slot);
-      position.advance({p.statistics, 0}, p.slots);
+      position.advance(p.statistics, p.slots);
     }
     RingPosition resident;
     for (; t < p.tiles; t += p.statistics) {
       barrier_wait(&b.shared.full[position.slot], position.parity);
-      summary.add(tile_at<T>(b, position.slot), Tile(b, channel, t));
+      const Tile tile(b, channel, t);
+      summary.add(tile_at<T>(b, position.slot), tile, b.lane, 32);
       if (t < p.held + p.streamed) release(b, position.slot);
       else if (t < p.held + p.streamed + p.statistics) resident = position;
-      position.advance({p.statistics, 0}, p.slots);
+      position.advance(p.statistics, p.slots);
     }
-    summary.publish(at.slot, warp);
+    summary.publish(partial_at<A>(b, at.slot, warp), &b.shared.summed[at.slot]);
 
-    const Result<A> result = wait_for_result<A>(b, at);
-    at.advance({1, 0}, p.channel_slots);
+    const auto result = same<T>(wait_for_result<A>(b, at));
+    at.advance(1, p.channel_slots);
     // As soon as a tile in registers is stored, a streamed one comes into its place; meanwhile the ring's are stored.
     const int end = p.held + p.streamed;
 #pragma unroll 1
@@ -769,82 +893,90 @@ __device__ void hold(const Block& b, int warp) {
       }
       for (t = end + warp; first == warp && t < p.tiles; t += p.statistics) {
         const Tile tile(b, channel, t);
-        for_each_vector<kAtOnceHolding>(tile_at<T>(b, resident.slot), tile.count, b.lane,
-                        [&](int, unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, kMasked>(b, tile, v), result); });
+        for_each_vector<kAtOnceHolding>(tile_at<T>(b, resident.slot), b.lane, tile.count, 32,
+                        [&](unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, kMasked>(b, tile, v), result); });
         release(b, resident.slot);
-        resident.advance({p.statistics, 0}, p.slots);
+        resident.advance(p.statistics, p.slots);
       }
     }
   }
 }
 
-// Chan's merge of what the lanes hold. With a reference r inside the data, D = Σ nᵢ·(meanᵢ − r) and
-// E = Σ (m2ᵢ + nᵢ·(meanᵢ − r)²): mean = r + D/n, m2 = E − D²/n, in double, where they lose nothing that counts.
-template <int kEach>
-__device__ Partial merge(const Partial (&part)[kEach]) {
-  const unsigned some = __ballot_sync(0xffffffffu, part[0].count > 0);
-  double r = __shfl_sync(0xffffffffu, part[0].mean, some ? __ffs(some) - 1 : 0);
-  if (!isfinite(r)) r = 0;
-  double n = 0, D = 0, E = 0;
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const double distance = part[i].count > 0 ? part[i].mean - r : 0;
-    n += part[i].count;
-    D += part[i].count * distance;
-    E += part[i].m2 + part[i].count * distance * distance;
-  }
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    n += __shfl_xor_sync(0xffffffffu, n, lanes);
-    D += __shfl_xor_sync(0xffffffffu, D, lanes);
-    E += __shfl_xor_sync(0xffffffffu, E, lanes);
-  }
-  const double offset = n > 0 ? D / n : 0;
-  return Partial{r + offset, E - D * offset, n};
-}
-
-// The team's sums, from this block's: publish, wait until all have, gather, merge in the order of the ranks. The count
-// orders nothing: each word's own tag says whether it has arrived.
-__device__ Partial exchange(const Block& b, int64_t channel, const Partial& own) {
+// The team's sums, from this block's: publish, wait until all have, gather, add in the order of the ranks. The count
+// orders nothing: each word itself says whether it has arrived, by −s2, whose sign bit is set even if s2 is 0.
+__device__ Sums<double> exchange(const Block& b, int64_t channel, const Sums<double>& own) {
   const int lane = b.lane, team = b.a.plan.team;
-  Word* const words = b.a.scratch + channel * (2 * team + 1);
-  Word* const published = words + 2 * team;  // its tag counts the blocks
-  const unsigned long long tag = (unsigned long long)own.count + 1;
-  if (lane < 2) store_word(&words[b.rank * 2 + lane], Word{lane == 0 ? own.mean : own.m2, tag});
-  __syncwarp();
+  Word* const words = b.a.scratch + channel * (team + 1);
+  Word* const published = words + team;  // counts the blocks
   if (lane == 0) {
+    store_word(&words[b.rank], Word{own.s1, (unsigned long long)__double_as_longlong(-own.s2)});
     add_tag(published);
     while (load_word(published).tag < team) nap();  // one word a block: all words, again and again, would take L2's time
   }
   __syncwarp();
-
-  Word mean[kMaxTeamPerLane], m2[kMaxTeamPerLane];
+  Word word[kMaxTeamPerLane];
 #pragma unroll
-  for (int i = 0; i < kMaxTeamPerLane; ++i) mean[i] = m2[i] = Word{0, lane + 32 * i < team ? 0u : 1u};  // beyond the team: 0 elements
+  for (int i = 0; i < kMaxTeamPerLane; ++i) word[i] = Word{0, lane + 32 * i < team ? 0 : (unsigned long long)__double_as_longlong(-0.0)};
   for (bool missing = true; missing;) {
-#pragma unroll
-    for (int i = 0; i < kMaxTeamPerLane; ++i)
-      if (mean[i].tag == 0 || m2[i].tag == 0) {
-        mean[i] = load_word(&words[(lane + 32 * i) * 2]);
-        m2[i] = load_word(&words[(lane + 32 * i) * 2 + 1]);
-      }
     missing = false;
 #pragma unroll
-    for (int i = 0; i < kMaxTeamPerLane; ++i) missing = missing || mean[i].tag == 0 || m2[i].tag == 0;
+    for (int i = 0; i < kMaxTeamPerLane; ++i)
+      if (word[i].tag == 0) word[i] = load_word(&words[lane + 32 * i]);
+#pragma unroll
+    for (int i = 0; i < kMaxTeamPerLane; ++i) missing = missing || word[i].tag == 0;
   }
   __syncwarp();
-  Partial part[kMaxTeamPerLane];
+  Sums<double> sums;
 #pragma unroll
-  for (int i = 0; i < kMaxTeamPerLane; ++i) part[i] = Partial{mean[i].value, m2[i].value, double(mean[i].tag - 1)};
-  return merge(part);
+  for (int i = 0; i < kMaxTeamPerLane; ++i) sums.add(Sums<double>{word[i].value, -__longlong_as_double(word[i].tag)});
+  return warp_sum(sums);
 }
 
+// Mean and inv_std = 1 / √(var + eps) of a channel, and m2 = Σ (x − mean)².
+struct Moments {
+  double mean, inv_std, m2;
+  __device__ Moments(const FusedBatchNormCall& call, double pivot, const Sums<double>& sums) {
+    const double per_element = 1 / (double(call.N) * double(call.HW)), offset = sums.s1 * per_element;
+    mean = pivot + offset;
+    m2 = sums.s2 - sums.s1 * offset;
+    if (m2 < 0) m2 = 0;  // rounding, in a constant channel; NaN stays
+    inv_std = rsqrt(m2 * per_element + call.eps);
+  }
+};
+
+// What of the parameters and buffers a channel needs; loaded before it is needed, since that takes long.
 template <typename T, typename A = typename Accumulator<T>::type>
-__device__ Result<A> make_result(const FusedBatchNormCall& call, int64_t channel, double mean, double inv_std) {
-  const double gamma = call.gamma ? load_parameter<T>(call.gamma, channel, call.affine_float) : 1;
-  const double beta = call.beta ? load_parameter<T>(call.beta, channel, call.affine_float) : 0;
-  return {A(mean), A(inv_std * gamma), A(beta - (mean - A(mean)) * inv_std * gamma)};
-}
+struct Channel {
+  const FusedBatchNormCall& call;
+  const int64_t c;
+  double gamma = 1, beta = 0, running_mean = 0, running_var = 0;
+
+  __device__ Channel(const FusedBatchNormCall& call, int64_t c, bool running) : call(call), c(c) {
+    if (call.gamma) {
+      gamma = load_parameter<T>(call.gamma, c, call.affine_float);
+      beta = load_parameter<T>(call.beta, c, call.affine_float);
+    }
+    if (running && call.running_mean) {
+      running_mean = load_parameter<T>(call.running_mean, c, call.running_float);
+      running_var = load_parameter<T>(call.running_var, c, call.running_float);
+    }
+  }
+
+  __device__ Result<A> result(double mean, double inv_std) const {
+    return {A(mean), A(inv_std * gamma), A(beta - (mean - A(mean)) * inv_std * gamma)};
+  }
+
+  // By one thread: what backward needs, and the new running statistics.
+  __device__ void save(const Moments& moments, double factor) const {
+    static_cast<A*>(call.mean)[c] = A(moments.mean);
+    static_cast<A*>(call.inv_std)[c] = A(moments.inv_std);
+    if (call.running_mean) {
+      const double unbiased = moments.m2 / (double(call.N) * double(call.HW) - 1);
+      store_parameter<T>(call.running_mean, c, call.running_float, (1 - factor) * running_mean + factor * moments.mean);
+      store_parameter<T>(call.running_var, c, call.running_float, (1 - factor) * running_var + factor * unbiased);
+    }
+  }
+};
 
 // Exchange: from the warps' sums to the team's, and to what the store warps need. Each warp takes whole channels.
 template <typename T>
@@ -852,120 +984,218 @@ __device__ void finish(const Block& b, int warp, double factor) {
   using A = typename Accumulator<T>::type;
   const Plan& p = b.a.plan;
   const FusedBatchNormCall& call = b.a.call;
-  const int partials = min(p.tiles, p.statistics);
   RingPosition at;
-  at.advance({warp, 0}, p.channel_slots);
+  at.advance(warp, p.channel_slots);
   for (int64_t channel = b.first_channel + int64_t(warp) * p.teams; channel < call.C; channel += int64_t(p.exchangers) * p.teams) {
+    const Channel<T> parameters(call, channel, b.rank == 0);
     barrier_wait(&b.shared.summed[at.slot], at.parity);
-    Partial sums = b.shared.partial[at.slot * partials];
-    if (partials > 1) {
-      const Partial part[1] = {b.lane < partials ? b.shared.partial[at.slot * partials + b.lane] : Partial{0, 0, 0}};
-      sums = merge(part);
-    }
-    if (p.team > 1) sums = exchange(b, channel, sums);
-    if (sums.m2 < 0) sums.m2 = 0;  // rounding, in a constant channel; NaN stays
-    const double inv_std = rsqrt(sums.m2 / sums.count + call.eps);
+    const Partial<A>* const partial = partial_at<A>(b, at.slot, 0);
+    const double pivot = partial->pivot;
+    Sums<double> sums = warp_sum(b.lane < p.partials ? partial[b.lane].sums : Sums<A>());
     __syncwarp();  // else a slow lane might still read partials that the next channels overwrite
+    if (p.team > 1) sums = exchange(b, channel, sums);
+    const Moments moments(call, pivot, sums);
     if (b.lane == 0) {
-      static_cast<Result<A>*>(b.shared.result)[at.slot] = make_result<T>(call, channel, sums.mean, inv_std);
+      static_cast<Result<A>*>(b.shared.result)[at.slot] = parameters.result(moments.mean, moments.inv_std);
       barrier_arrive(&b.shared.ready[at.slot]);
-      if (b.rank == 0) {  // what there is one of
-        static_cast<A*>(call.mean)[channel] = A(sums.mean);
-        static_cast<A*>(call.inv_std)[channel] = A(inv_std);
-        if (call.running_mean) {
-          const double old_mean = load_parameter<T>(call.running_mean, channel, call.running_float);
-          const double old_var = load_parameter<T>(call.running_var, channel, call.running_float);
-          const double unbiased = sums.m2 / (sums.count - 1);
-          store_parameter<T>(call.running_mean, channel, call.running_float, (1 - factor) * old_mean + factor * sums.mean);
-          store_parameter<T>(call.running_var, channel, call.running_float, (1 - factor) * old_var + factor * unbiased);
-        }
-      }
+      if (b.rank == 0) parameters.save(moments, factor);
     }
-    at.advance({p.exchangers, 0}, p.channel_slots);
+    at.advance(p.exchangers, p.channel_slots);
   }
 }
 
-// Store: y for the tiles in the ring.
+// Store: y for the tiles in the ring. All warps share each tile.
 template <typename T, bool kMasked>
 __device__ void store(const Block& b, int warp) {
   using A = typename Accumulator<T>::type;
   const Plan& p = b.a.plan;
+  RingPosition position, at;
+  for (int64_t channel = b.first_channel; channel < b.a.call.C; channel += p.teams) {
+    const auto result = same<T>(wait_for_result<A>(b, at));
+    Tile tile(b, channel, 0);
+    for (int t = 0; t < p.tiles; ++t, tile.advance(b)) {
+      barrier_wait(&b.shared.full[position.slot], position.parity);
+      for_each_vector<kAtOnce>(tile_at<T>(b, position.slot), warp * 32 + b.lane, tile.count, p.storers * 32,
+                               [&](unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, kMasked>(b, tile, v), result); });
+      release(b, position.slot);
+      position.advance(1, p.slots);
+    }
+    at.advance(1, p.channel_slots);
+  }
+}
+
+// Resident and packed: no roles, no ring; each thread copies, sums and stores vectors of its own. Warps 0 … pack − 1 look
+// after one channel each where it is about sums, not vectors.
+template <typename T, bool kMasked, bool kPacked>
+__device__ void resident(const Block& b) {
+  using A = typename Accumulator<T>::type;
+  constexpr int kSize = Vector<T>::kSize;
+  const Plan& p = b.a.plan;
   const FusedBatchNormCall& call = b.a.call;
-  const int shift = p.tiles % p.storers;
-  RingPosition channel_start, at;
-  int first = warp;
-  for (int64_t channel = b.first_channel; channel < call.C; channel += p.teams) {
-    if (first < p.tiles) {
-      Result<A> result;
-      if (call.training)
-        result = wait_for_result<A>(b, at);
-      else
-        result = make_result<T>(call, channel, load_parameter<T>(call.running_mean, channel, call.running_float),
-                                rsqrt(load_parameter<T>(call.running_var, channel, call.running_float) + call.eps));
-      RingPosition position = channel_start;
-      position.advance({first, 0}, p.slots);
-      for (int t = first; t < p.tiles; t += p.storers) {
-        barrier_wait(&b.shared.full[position.slot], position.parity);
-        const Tile tile(b, channel, t);
-        for_each_vector<kAtOnce>(tile_at<T>(b, position.slot), tile.count, b.lane,
-                        [&](int, unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, kMasked>(b, tile, v), result); });
-        release(b, position.slot);
-        position.advance({p.storers, 0}, p.slots);
+  const int warp = threadIdx.x / 32, channel = b.first_channel * p.pack + warp;
+  const bool looks_after = warp < p.pack && channel < call.C;
+  const bool cluster = call.training && p.team > 1 && !p.cooperative;
+  if (cluster) cluster_arrive();  // waited for below: then the peers are there
+
+  const A sample = load_sample<T>(b, !kPacked ? b.first_channel : looks_after ? channel : call.C);
+
+  // In shared memory, behind x: [pack][team] sums of the blocks, [pack] pivots and results, sums of the threads or warps.
+  const Tile share(b, b.first_channel, 0);
+  Vector<T>* const x = tile_at<T>(b, 0);
+  auto* const team_sums = p.cooperative ? reinterpret_cast<Sums<double>*>(b.a.scratch) + int64_t(b.first_channel) * p.pack * p.team
+                                        : reinterpret_cast<Sums<double>*>(x + p.tile_vectors);
+  auto* const results = reinterpret_cast<Result<A>*>(reinterpret_cast<Sums<double>*>(x + p.tile_vectors) + kMaxPack * kMaxCluster);
+  auto* const pivots = reinterpret_cast<A*>(results + kMaxPack);
+  auto* const partial = reinterpret_cast<Pick<Sums<A>>*>(pivots + kMaxPack);
+
+  // A thread's vectors lie `threads` apart, so in packed planes all of them at the same place of the plane: the end of one
+  // channel (`first` of the pack), from element `split` on the next one.
+  int first = 0, split = kSize;
+  if (kPacked) {
+    const unsigned element = (threadIdx.x - divide(threadIdx.x, p.by_plane_vectors) * p.plane_vectors) * kSize;
+    first = int(divide(element, p.by_channel));
+    split = min(int((first + 1) * call.HW - element), kSize);
+  }
+  const int next = min(first + 1, p.pack - 1);
+  const auto pick = [&](const auto* values) { return Pick<std::decay_t<decltype(*values)>>{values[first], values[next], kPacked ? split : kSize}; };
+
+  // Each thread sums one group of its vectors while the next is on its way.
+  const unsigned end = threadIdx.x < p.threads ? share.count : 0, group = kAtOnce * p.threads;
+  const Policy policy = make_policy(Keep::kFirst);
+  Sums<A> part[kSize];
+  Pick<A> pivot = {};
+#pragma unroll 1
+  for (unsigned begin = 0; begin < max(share.count, 1u) + group; begin += group) {
+#pragma unroll(kPacked ? 1 : kAtOnce)
+    for (int i = 0; i < kAtOnce; ++i) {
+      const unsigned v = begin + i * p.threads + threadIdx.x;
+      if (v < end) fetch<T, kMasked>(b, share, v, x, policy);
+    }
+    copies_commit();
+    if (begin == 0) continue;
+    if (begin == group && call.training) {
+      pivot = same<T>(pivot_of(sample));
+      if (kPacked) {
+        if (looks_after && b.lane == 0) pivots[warp] = pivot.a;
+        __syncthreads();
+        pivot = pick(pivots);
       }
     }
-    first -= shift;
-    if (first < 0) first += p.storers;
-    at.advance({1, 0}, p.channel_slots);
-    channel_start.advance(p.channel_steps, p.slots);
+    copies_wait<1>();
+    if (call.training)
+      for_each_vector<kPacked ? 2 : kAtOnce>(x, begin - group + threadIdx.x, min(begin, end), p.threads,
+                               [&](unsigned v, const Vector<T>& x) { add_vector(part, x, Place<T, kMasked>(b, share, v), pivot); });
   }
+
+  const Channel<T> parameters(call, looks_after ? channel : 0, looks_after && (b.rank == 0 || !call.training));
+  if (!call.training) {
+    if (looks_after && b.lane == 0) results[warp] = parameters.result(parameters.running_mean, rsqrt(parameters.running_var + call.eps));
+  } else {
+    if (kPacked) {
+      partial[threadIdx.x] = {add_up(part, 0, split), add_up(part, split, kSize), 0};
+    } else {
+      const Sums<A> sums = add_up(part), all = {warp_sum(sums.s1), warp_sum(sums.s2)};
+      if (b.lane == 0) partial[warp].a = all;
+    }
+    if (cluster) cluster_wait();
+    __syncthreads();
+    Sums<double> sums;
+    if (looks_after) {
+      if (kPacked) {
+        for (unsigned t = b.lane; t < p.threads; t += 32) {
+          const unsigned element = (t - divide(t, p.by_plane_vectors) * p.plane_vectors) * kSize;
+          const int its_first = int(divide(element, p.by_channel));
+          if (its_first == warp) sums.add(partial[t].a);
+          if (its_first + 1 == warp) sums.add(partial[t].b);
+        }
+      } else if (b.lane < int(blockDim.x / 32)) {
+        sums.add(partial[b.lane].a);
+      }
+      sums = warp_sum(sums);
+      if (cluster && b.lane < p.team) in_peer(team_sums, b.lane)[warp * p.team + b.rank] = sums;
+      if (p.cooperative && b.lane == 0) team_sums[warp * p.team + b.rank] = sums;
+    }
+    if (cluster) {
+      cluster_arrive();
+      cluster_wait();
+    } else if (p.cooperative) {
+      cooperative_groups::this_grid().sync();
+    }
+    if (looks_after) {
+      if (p.team > 1) {
+        sums = {};
+        for (int i = b.lane; i < p.team; i += 32) sums.add(team_sums[warp * p.team + i]);
+        sums = warp_sum(sums);
+      }
+      const Moments moments(call, kPacked ? pivots[warp] : pivot.a, sums);
+      if (b.lane == 0) {
+        results[warp] = parameters.result(moments.mean, moments.inv_std);
+        if (b.rank == 0) parameters.save(moments, call.momentum);
+      }
+    }
+  }
+  if (call.training && call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) *call.num_batches_tracked += 1;
+  __syncthreads();
+  if (end == 0) return;
+  const Pick<Result<A>> result = pick(results);
+  for_each_vector<kPacked ? 2 : kAtOnce>(x, threadIdx.x, end, p.threads,
+                           [&](unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, kMasked>(b, share, v), result); });
 }
 
 // ---------------------------------------------------------------------------------------------
 // The kernel
 // ---------------------------------------------------------------------------------------------
-template <typename T, bool kMasked, bool kHold>
-__global__ void __launch_bounds__(kHold ? kHoldThreads : kMaxThreads, 1) fused_batch_norm_forward_kernel(const __grid_constant__ Arguments a) {
+template <Structure kStructure>
+constexpr int kBlockThreads = kStructure <= kPacked ? kResidentThreads : kStructure == kRing ? kRingThreads : kHoldThreads;
+
+template <typename T, bool kMasked, Structure kStructure>
+__global__ void __launch_bounds__(kBlockThreads<kStructure>, kStructure <= kPacked ? 2 : 1)
+    fused_batch_norm_forward_kernel(const __grid_constant__ Arguments a) {
   const Block b(a);
   const Plan& p = a.plan;
   const FusedBatchNormCall& call = a.call;
   const int warp = threadIdx.x / 32;
+  if constexpr (kStructure <= kPacked) return resident<T, kMasked, kStructure == kPacked>(b);
 
   if (b.lane == 0) {  // one barrier after the other is faster than a warp's lanes at once
     const int warps = blockDim.x / 32;
     for (int s = warp; s < p.slots; s += warps) {
       barrier_init(&b.shared.full[s], p.bulk ? 1 : p.producers * 64);
-      barrier_init(&b.shared.empty[s], 1);
+      barrier_init(&b.shared.empty[s], max(p.storers, 1));  // one warp, where warps hold tiles
     }
     for (int s = warp; s < p.channel_slots; s += warps) {
-      barrier_init(&b.shared.summed[s], max(min(p.tiles, p.statistics), 1));
+      barrier_init(&b.shared.summed[s], p.partials);
       barrier_init(&b.shared.ready[s], 1);
     }
     barrier_init_fence();
   }
-  __syncthreads();  // else a warp may wait on a barrier that is not there yet
-
-  Producer<T, kMasked> producer(b, warp);
-  if (warp < p.producers) producer.run(p.in_flight);  // the first tiles travel while the grid gathers
-
   double factor = call.momentum;  // of the new value in the running buffers
   if (call.cumulative) factor = call.num_batches_tracked ? 1.0 / double(*call.num_batches_tracked + 1) : 0;
   if (p.cooperative) {
-    for (int64_t i = int64_t(blockIdx.y * p.team + b.rank) * blockDim.x + threadIdx.x; i < p.scratch_words; i += int64_t(p.team) * p.teams * blockDim.x)
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < p.scratch_words; i += int64_t(p.team) * p.teams * blockDim.x)
       store_word(&a.scratch[i], Word{0, 0});
-    cooperative_groups::this_grid().sync();  // else words could be wiped that a block has published, or the counter read late
   }
-  if (call.training && call.num_batches_tracked && b.rank == 0 && b.first_channel == 0 && threadIdx.x == 0) *call.num_batches_tracked += 1;
+  __syncthreads();  // else a warp may wait on a barrier that is not there yet
+
+  const auto sample = load_sample<T>(b, warp < p.producers ? call.C : b.first_channel);
+  Producer<T, kMasked> producer(b, warp);
+  const auto grid = cooperative_groups::this_grid();
+  unsigned arrival = 0;
+  if (p.cooperative) arrival = grid.barrier_arrive();
+  if (warp < p.producers) producer.run(p.in_flight);  // the first tiles travel while the grid gathers
+  if (p.cooperative) grid.barrier_wait(std::move(arrival));  // else words could be wiped that a block has published, or the counter read late
+  if (call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) *call.num_batches_tracked += 1;
 
   int role = warp;
   if (role < p.producers) {
     producer.run(-1);
   } else if ((role -= p.producers) < p.storers) {
-    if constexpr (!kHold) store<T, kMasked>(b, role);
+    if constexpr (kStructure == kRing) store<T, kMasked>(b, role);
   } else if ((role -= p.storers) < p.statistics) {
-    if constexpr (kHold)
-      hold<T, kMasked>(b, role);
+    if constexpr (kStructure == kHold)
+      hold<T, kMasked>(b, role, sample);
     else
-      summarise<T, kMasked>(b, role);
+      summarise<T, kMasked>(b, role, sample);
   } else {
     finish<T>(b, role - p.statistics, factor);
   }
@@ -977,25 +1207,96 @@ __global__ void __launch_bounds__(kHold ? kHoldThreads : kMaxThreads, 1) fused_b
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Device {
-  int multiprocessors, shared_bytes;
+  int multiprocessors, shared_bytes, reserved_bytes;  // of shared memory, that a block may have; that it costs besides
   int architecture;  // what the kernel was compiled for: 10·major + minor
 };
 
 // What a block moves and waits for, all in bytes (measured on an H200).
-constexpr int64_t kTileBytes = 12 * 1024;      // of a tile in a team, at most: smaller ones cost barriers, larger ones grain
-constexpr int64_t kHalfTileBytes = 8 * 1024;   // the same for 16-bit types: twice the arithmetic for a byte
-constexpr int64_t kLoneTileBytes = 16 * 1024;  // the same in a team of one, where no other block waits for a tile
-constexpr int64_t kFlightBytes = 48 * 1024;  // on their way to one block
-constexpr int64_t kRoundBytes = 4 * 1024;    // what a channel costs beside its bytes
-constexpr int64_t kWaitBytes = 48 * 1024;    // what an exchange costs that no other work hides
+constexpr int64_t kTileBytes = 16 * 1024;      // of a tile, at most: larger ones cost grain
+constexpr int64_t kLeastTileBytes = 8000;      // at least, if it can be: smaller ones cost barriers
+constexpr int64_t kFlightBytes = 48 * 1024;    // on their way to one block
+constexpr int64_t kRoundBytes = 4 * 1024;      // what a channel costs beside its bytes
+constexpr int64_t kWaitBytes = 48 * 1024;      // what an exchange costs that no other work hides
+constexpr int64_t kEvalBytes = 28 * 1024;      // of a block in eval mode, where no block waits for another
+
+Divisor divisor(int64_t d) {
+  Divisor by = {};
+  while ((int64_t(1) << by.shift) < d) ++by.shift;
+  by.magic = unsigned(ceil_div(int64_t(1) << (31 + by.shift), d));
+  return by;
+}
 
 // `size`: elements of a vector; `masked`: planes do not start and end at vectors; `held_tiles`: that a warp can hold.
 Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, bool masked, int held_tiles) {
   Plan p = {};
-  p.plane_vectors = unsigned(std::max<int64_t>(masked ? (call.HW + size - 2) / size + 1 : call.HW / size, 1));
-  p.channel_vectors = unsigned(call.N * p.plane_vectors);
-  while ((1u << p.by_plane_vectors.shift) < p.plane_vectors) ++p.by_plane_vectors.shift;
-  p.by_plane_vectors.magic = unsigned(ceil_div(int64_t(1) << (31 + p.by_plane_vectors.shift), p.plane_vectors));
+  const auto set_planes = [&](int pack, bool covered) {
+    p.pack = pack;
+    p.packs = call.C / pack;
+    p.plane = call.HW * pack;
+    p.plane_vectors = unsigned(std::max<int64_t>(covered ? (p.plane + size - 2) / size + 1 : p.plane / size, 1));
+    p.channel_vectors = call.C > 0 ? unsigned(call.N * p.plane_vectors) : 0;
+    p.by_plane_vectors = divisor(p.plane_vectors);
+    if (pack > 1) p.by_channel = divisor(call.HW);
+  };
+  const auto set_tiles = [&](int64_t tile_vectors) {
+    p.tile_vectors = unsigned(tile_vectors);
+    p.step_vectors = unsigned(p.team * tile_vectors);
+    p.step_offset = p.step_vectors % p.plane_vectors;
+    p.step_elements = int64_t(p.step_vectors / p.plane_vectors) * p.packs * p.plane;
+  };
+
+  // Resident or packed, if that fits with `team` blocks a channel, two blocks to a multiprocessor.
+  const int64_t half_bytes = (device.shared_bytes - device.reserved_bytes) / 2;
+  const auto resident = [&](int64_t team, bool cooperative) {
+    p.structure = p.pack > 1 ? kPacked : kResident;
+    p.team = int(team);
+    p.teams = int(std::max<int64_t>(p.packs, 1));
+    p.by_team = divisor(team);
+    p.cooperative = cooperative;
+    p.scratch_words = cooperative ? call.C * team : 0;
+    p.slots = p.tiles = 1;
+    if (p.pack > 1) {  // whole planes, so that a thread's vectors are all at the same place of theirs
+      set_tiles(ceil_div(call.N, team) * p.plane_vectors);
+      p.threads = unsigned(std::max(ceil_div(ceil_div(p.tile_vectors, kResidentVectors), p.plane_vectors), ceil_div(32 * p.pack, p.plane_vectors)) * p.plane_vectors);
+    } else {
+      set_tiles(ceil_div(ceil_div(std::max(p.channel_vectors, 1u), team), 8) * 8);  // whole 128-byte lines
+      p.threads = unsigned(ceil_div(p.tile_vectors, 32 * kResidentVectors) * 32);
+    }
+    p.statistics = int(ceil_div(p.threads, 32));
+    const int64_t sums = p.pack > 1 ? 32 * p.statistics * sizeof(Pick<Sums<float>>) : 0;
+    const int64_t bytes = int64_t(p.tile_vectors) * kVectorBytes + kResidentOverheadBytes + sums;
+    p.shared_bytes = int(bytes);
+    return p.threads <= kResidentThreads && bytes <= half_bytes;
+  };
+  const auto find_resident = [&](int most_cluster) {
+    const int64_t bytes = int64_t(p.channel_vectors) * kVectorBytes;
+    if (!call.training)  // no block waits for another
+      return resident(std::max<int64_t>(ceil_div(bytes, std::min(kEvalBytes, half_bytes - 2 * kResidentOverheadBytes)), 1), false);
+    if (call.cumulative && call.num_batches_tracked) return false;  // all must read the counter before it counts
+    const int64_t slots = 2 * device.multiprocessors;
+    // One block a channel, where channels are small or enough to fill half of the device.
+    if ((bytes <= 4 * kRoundBytes || 4 * p.packs >= slots) && resident(1, false)) return true;
+    // All channels at once, by blocks that are all there at once.
+    const int64_t team = std::min(slots / std::max<int64_t>(p.packs, 1), bytes / kRoundBytes);
+    if (team > 1 && resident(team, true)) return true;
+    // Blocks of a cluster, which are there at once too.
+    for (int cluster = 2; cluster <= most_cluster && cluster <= slots; cluster *= 2)
+      if (resident(cluster, false)) return true;
+    return false;
+  };
+  const bool clusters = device.architecture >= 90;
+  const int pack = int(size / std::gcd<int64_t>(call.HW, size));
+  const bool aligned = reinterpret_cast<uintptr_t>(call.x) % kVectorBytes == 0;
+  if (pack > 1 && size > 2 && aligned && call.C > 0 && call.C % pack == 0 && call.HW >= size - 1 && call.HW * pack / size <= kResidentThreads) {
+    set_planes(pack, false);
+    if (find_resident(clusters ? kMaxCluster : 1)) return p;
+  }
+  set_planes(1, masked);
+  if (find_resident(clusters ? 2 : 1)) return p;  // larger ones go through the ring faster
+
+  p = {};
+  set_planes(1, masked);
+  p.structure = kRing;
   const int64_t ring_bytes = device.shared_bytes - kOverheadBytes;
 
   // The team: as many blocks as bring the channels through soonest, by what one block moves and waits for.
@@ -1014,47 +1315,55 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
     if (share <= kRoundBytes) break;
   }
   p.teams = int(std::min<int64_t>(device.multiprocessors / p.team, std::max<int64_t>(call.C, 1)));
-  p.cooperative = call.training && (p.team > 1 || (call.cumulative && call.num_batches_tracked));
-  p.scratch_words = call.training && p.team > 1 ? call.C * (2 * p.team + 1) : 0;
+  p.by_team = divisor(p.team);
+  p.cooperative = p.team > 1 || (call.cumulative && call.num_batches_tracked);
+  p.scratch_words = p.team > 1 ? call.C * (p.team + 1) : 0;
 
-  // Roles, and tiles of equal size. Slots come in whole turns of every role, and where warps hold tiles, so do the
-  // tiles: then a slot is the same warp's in every round, and that warp sees each of its phases.
-  p.bulk = !masked && device.architecture >= 90;
+  // Roles, and tiles of equal size. Where a tile is one warp's, tiles and slots come in whole turns of the warps: then a
+  // slot is the same warp's in every round, and that warp sees each of its phases.
+  p.bulk = device.architecture >= 90 && p.plane_vectors >= 32;
   const int64_t share = ceil_div(p.channel_vectors, p.team);
   const auto lay_out = [&](bool hold) {
-    p.hold = hold;
+    p.structure = hold ? kHold : kRing;
     p.producers = p.bulk || hold ? 1 : 4;
     p.storers = hold ? 0 : 4;
-    p.statistics = hold ? 10 : call.training ? 4 : 0;
-    p.exchangers = hold ? 1 : !call.training ? 0 : p.team > 1 && p.bulk ? 6 : 4;
-    const int turn = hold ? p.statistics : 4;
-    const int64_t fit = std::max<int64_t>(ring_bytes / turn, kVectorBytes);
-    const int64_t most_bytes = std::min<int64_t>(hold ? kHeldVectors * 32 * kVectorBytes : p.team == 1 ? kLoneTileBytes : size == 8 ? kHalfTileBytes : kTileBytes, fit);
+    p.statistics = hold ? 10 : 4;
+    p.exchangers = hold ? 1 : p.team > 1 && p.bulk ? 6 : 4;
+    const int turn = hold ? p.statistics : 1;
+    const int64_t most_bytes = std::min<int64_t>(hold ? held_vectors(device.architecture) * 32 * kVectorBytes : kTileBytes, std::max<int64_t>(ring_bytes / (hold ? turn : 4), kVectorBytes));
     const int64_t most = most_bytes / kVectorBytes;
     p.tiles = int(std::max<int64_t>(ceil_div(share, most), 1));
     if (hold) {
       p.tiles = int(std::max<int64_t>(ceil_div(p.tiles, turn), held_tiles)) * turn;
       p.tile_vectors = unsigned(std::max<int64_t>(ceil_div(share, p.tiles), 1));
-    } else {
-      p.tile_vectors = unsigned(std::max<int64_t>(std::min(ceil_div(ceil_div(share, p.tiles), 8) * 8, most), 1));  // whole 128-byte lines
+    } else {  // so many that they fill the ring, and keep all lanes of a role busy; rather few, for the barriers' sake
+      const int64_t lanes = 32 * p.statistics;
+      int64_t best_score = -1;
+      for (int64_t tiles = p.tiles; tiles <= 2 * p.tiles; ++tiles) {
+        const int64_t vectors = std::min(std::max<int64_t>(ceil_div(ceil_div(share, tiles), 8) * 8, 1), most);  // whole 128-byte lines
+        if (best_score >= 0 && vectors * kVectorBytes < kLeastTileBytes) break;
+        const int64_t score = std::min<int64_t>(ring_bytes / (vectors * kVectorBytes), kMaxSlots) * vectors * 1000 * vectors / (ceil_div(vectors, lanes) * lanes);
+        if (score * 100 > best_score * 102) {
+          best_score = score;
+          p.tile_vectors = unsigned(vectors);
+        }
+      }
       p.tiles = int(ceil_div(p.channel_vectors, int64_t(p.team) * p.tile_vectors));
     }
     p.slots = int(std::min<int64_t>(ring_bytes / (int64_t(p.tile_vectors) * kVectorBytes), kMaxSlots)) / turn * turn;
     p.held = hold ? held_tiles * p.statistics : 0;
     p.streamed = hold ? std::max(p.tiles - p.held - p.slots, 0) : 0;
-    return p.tiles + turn <= p.slots;
+    return p.tiles + 4 <= p.slots;
   };
-  if (!lay_out(false) && call.training) lay_out(true);
+  if (!lay_out(false)) lay_out(true);
+  p.partials = p.statistics;
   const int64_t tile_bytes = int64_t(p.tile_vectors) * kVectorBytes;
   p.in_flight = int(std::max<int64_t>(std::min<int64_t>(kFlightBytes / tile_bytes, p.slots - 1), 1));
-  p.step_vectors = p.team * p.tile_vectors;
-  p.step_offset = p.step_vectors % p.plane_vectors;
-  p.step_elements = int64_t(p.step_vectors / p.plane_vectors) * call.C * call.HW;
+  set_tiles(p.tile_vectors);
   // Where a tile is in the ring, all channels whose tiles were `slots` and more before it have been stored. Beyond
   // those, a role may be at as many channels as it has warps.
   const int warps = std::max({p.exchangers, p.storers, p.statistics});
   p.channel_slots = int(std::max<int64_t>(std::min<int64_t>(ceil_div(p.slots, std::max(p.tiles, 1)) + warps + 2, ceil_div(call.C, p.teams)), warps));
-  p.channel_steps = Steps{p.tiles % p.slots, unsigned(p.tiles / p.slots) & 1};
   p.shared_bytes = int(p.slots * tile_bytes) + kOverheadBytes;
   return p;
 }
@@ -1070,18 +1379,25 @@ const char* with_kernel(const FusedBatchNormCall& call, Use use) {
   Device device;
   cudaFuncAttributes attributes;
   int ordinal;
-  const auto any = fused_batch_norm_forward_kernel<T, false, false>;
+  const auto any = fused_batch_norm_forward_kernel<T, false, kResident>;
   cudaError_t error = cudaGetDevice(&ordinal);
   if (!error) error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
   if (!error) error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
+  if (!error) error = cudaDeviceGetAttribute(&device.reserved_bytes, cudaDevAttrReservedSharedMemoryPerBlock, ordinal);
   if (!error) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(any));
   if (error) return cudaGetErrorString(error);
   device.architecture = attributes.ptxVersion;
   const int size = Vector<T>::kSize;
   const bool masked = call.HW % size != 0 || reinterpret_cast<uintptr_t>(call.x) % kVectorBytes != 0;
   const Plan plan = make_plan(call, device, size, masked, masked ? kHeldTiles<T, true> : kHeldTiles<T, false>);
-  if (masked) return use(plan.hold ? fused_batch_norm_forward_kernel<T, true, true> : fused_batch_norm_forward_kernel<T, true, false>, plan);
-  return use(plan.hold ? fused_batch_norm_forward_kernel<T, false, true> : any, plan);
+  if (masked && plan.structure != kPacked) {
+    const decltype(any) kernels[] = {fused_batch_norm_forward_kernel<T, true, kResident>, any, fused_batch_norm_forward_kernel<T, true, kRing>, fused_batch_norm_forward_kernel<T, true, kHold>};
+    return use(kernels[plan.structure], plan);
+  }
+  auto packed = any;
+  if constexpr (Vector<T>::kSize > 2) packed = fused_batch_norm_forward_kernel<T, false, kPacked>;
+  const decltype(any) kernels[] = {any, packed, fused_batch_norm_forward_kernel<T, false, kRing>, fused_batch_norm_forward_kernel<T, false, kHold>};
+  return use(kernels[plan.structure], plan);
 }
 
 template <typename Use>
@@ -1102,16 +1418,19 @@ extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call, A
     if (plan.scratch_words > 0) arguments.scratch = static_cast<Word*>(allocate(plan.scratch_words * sizeof(Word), context));
     cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
     if (error) return cudaGetErrorString(error);
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = plan.cooperative;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = plan.cooperative;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = plan.team;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(plan.team, plan.teams);
+    config.gridDim = dim3(plan.team * plan.teams);
     config.blockDim = dim3(32 * (plan.producers + plan.exchangers + plan.storers + plan.statistics));
     config.dynamicSmemBytes = plan.shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = plan.structure <= kPacked && call->training && plan.team > 1 && !plan.cooperative ? 2 : 1;
     error = cudaLaunchKernelEx(&config, kernel, arguments);
     return error ? cudaGetErrorString(error) : nullptr;
   });
@@ -1120,9 +1439,9 @@ extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call, A
 extern "C" const char* fused_batch_norm_describe(const FusedBatchNormCall* call, char* text, size_t text_bytes) {
   return with_type(*call, [&](auto, const Plan& p) -> const char* {
     snprintf(text, text_bytes,
-             "hold=%d bulk=%d team=%d teams=%d cooperative=%d producers=%d exchangers=%d storers=%d statistics=%d "
+             "structure=%d pack=%d bulk=%d team=%d teams=%d cooperative=%d producers=%d exchangers=%d storers=%d statistics=%d "
              "tile_bytes=%d tiles=%d held=%d streamed=%d slots=%d in_flight=%d shared_bytes=%d scratch_bytes=%lld",
-             p.hold, p.bulk, p.team, p.teams, p.cooperative, p.producers, p.exchangers, p.storers, p.statistics,
+             p.structure, p.pack, p.bulk, p.team, p.teams, p.cooperative, p.producers, p.exchangers, p.storers, p.statistics,
              int(p.tile_vectors) * kVectorBytes, p.tiles, p.held, p.streamed, p.slots, p.in_flight, p.shared_bytes,
              (long long)(p.scratch_words * sizeof(Word)));
     return nullptr;

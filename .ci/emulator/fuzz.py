@@ -1,20 +1,25 @@
 """Random cases for the emulated kernel: everything about a case is drawn from its seed, and compared with float64."""
 
 import dataclasses
+import math
 import random
 
 import torch
 
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
 TINY = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float64: 0.0}  # subnormal steps
-CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (9, 0), (9, 0), (10, 0), (12, 0))
+CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (9, 0), (9, 0), (9, 0), (10, 0), (12, 0))
+STRUCTURES = ("resident", "packed", "ring", "hold")
 # Every run of some hundred cases must take each of these: see branches().
 BRANCHES = (
-    *(f"{field} {size}" for field in ("bulk", "cooperative") for size in "01"),
-    *(f"{field} {size}" for field in ("team", "teams", "tiles") for size in ("1", "more")),
-    *(f"{field} {size}" for field in ("held", "streamed") for size in ("0", "more")),
+    *(f"{structure}, training, {team}" for structure in STRUCTURES[:2] for team in ("one block", "cluster", "cooperative")),
+    *(f"{structure}, eval, {team}" for structure in STRUCTURES[:2] for team in ("one block", "several blocks")),
+    *(f"{structure}, {field} {size}" for structure in STRUCTURES[2:] for field in ("bulk", "cooperative") for size in "01"),
+    *(f"{structure}, {field} {size}" for structure in STRUCTURES[2:] for field in ("team", "teams", "rounds") for size in ("1", "more")),
+    *(f"ring, tiles {size}" for size in ("1", "more")),
+    *(f"hold, streamed {size}" for size in ("0", "more")),
+    *(f"{structure}, {edges}" for structure in ("resident", "ring", "hold") for edges in ("masked edges", "whole vectors")),
     *(f"layout {layout}" for layout in ("contiguous", "channels_last", "unaligned", "strided")),
-    *("masked edges", "whole vectors", "batch statistics", "running statistics"),
     *("affine", "not affine", "cumulative average", "moving average"),
 )
 
@@ -46,29 +51,38 @@ def draw(seed):
     """The case of this seed."""
     r = random.Random(seed)
     dtype = r.choice((torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64))
-    large = r.random() < 0.15  # channels that the ring cannot hold
-    planes = [(1, 1), (1, 2), (3, 5), (7, 7), (8, 8), (4, 12), (16, 16), (5, 64), (33, 31), (56, 56), (r.randint(1, 20), r.randint(1, 40))]
-    H, W = r.choice(planes)
-    huge = large and r.random() < 0.1  # ... even a large one
-    most = 2 ** (19 if huge else r.randint(15, 17) if large else r.randint(6, 16))  # elements
-    C = r.choice((1,) if huge else (1, 2, 3) if large else (1, 2, 3, 4, 5, 8, 17, 64, r.randint(1, 300)))
-    C = max(1, min(C, most // (H * W)))
-    N = max(1, min(most if large else r.choice((1, 2, 3, 8, 32, 64, r.randint(1, 200), most)), most // (H * W * C)))
+    large = r.random() < 0.35  # multiprocessors with shared memory for a ring of many tiles
+    multiprocessors = r.choice((1, 1, 2, 2, 3) if large else (1, 2, 3, 3, 5, 7))
+    shared_bytes = 1024 * r.choice((163, 227) if large else (16, 16, 24, 24, 32, 48, 64, 99))
+    any_plane, odd = (r.randint(1, 20), r.randint(1, 40)), (2 * r.randint(0, 10) + 1, 2 * r.randint(1, 15) + 1)
+    planes = ((1, 1), (1, 2), (7, 7), (8, 8), (4, 12), (16, 16), (5, 64), (33, 31), (56, 56))
+    H, W = r.choice((*planes, odd, odd, odd, odd, odd, any_plane))
+    # The plan depends on how many channels, or packs of them, there are for a multiprocessor, and on what share of its
+    # shared memory each takes.
+    size = 16 // dtype.itemsize
+    pack = size // math.gcd(H * W, size) if r.random() < (0.4 if large else 0.8) else 1
+    few, more = r.randint(1, multiprocessors), r.randint(multiprocessors + 1, 2 * multiprocessors + 1)
+    packs = r.choice((few, few, more, more, more) if large else (1, few, more, more, more, r.randint(1, 300)))
+    ranges = ((-1.1, -0.6), (-1.1, -0.6), (-1, 1.6)) if large else ((-8, -2), (-3, 0), (-2, 0.5), (0, 3))
+    share = 2 ** r.uniform(*r.choice(ranges))
+    most = 2 ** (17 if large else r.randint(13, 16))  # elements
+    C = max(1, min(pack * packs, most // (H * W)))
+    N = max(1, int(min(share * shared_bytes / dtype.itemsize / pack, most / C) / (H * W)))
     if N * H * W == 1:
         N = 2
     momentum = r.choice((0.1, 0.1, None, 1.0, 0.0))
     options = dict(momentum=momentum, eps=r.choice((1e-5, 1e-5, 1e-3, 0.5)), affine=r.random() < 0.8, track_running_stats=r.random() < 0.85)
     return Case(
         seed=seed,
-        multiprocessors=r.choice((1,) if huge else (1, 2, 3) if large else (1, 2, 3, 3, 5, 7)),
-        shared_bytes=1024 * r.choice((163, 227) if huge else (16, 24, 32) if large else (16, 16, 24, 32, 48, 64, 99, 163, 227)),
+        multiprocessors=multiprocessors,
+        shared_bytes=shared_bytes,
         capability=r.choice(CAPABILITIES),
         shape=(N, C, H, W),
         dtype=dtype,
         parameter_dtype=r.choice((dtype, torch.float32)),
-        layout=r.choice(("contiguous",) * 4 + ("channels_last", "unaligned", "unaligned", "strided")),
+        layout=r.choice(("contiguous",) * 4 + ("channels_last", "unaligned", "strided")),
         values=r.choice(("normal", "normal", "far mean", "constant channel", "outlier", "infinite", "nan")),
-        training=r.random() < 0.8,
+        training=r.random() < 0.75,
         steps=r.choice((1, 1, 2)),
         options=options,
     )
@@ -179,19 +193,31 @@ def run(emulator, namespace, case):
 
 
 def branches(namespace, case):
-    """What the plan decided for the case, as names; 'field = 0', '= 1' and '> 1' where a field is a number."""
+    """What the case exercises, and what the plan decided for it, as names: "team 1", "team more" where a field is a number."""
     N, C, H, W = case.shape
     tracked = case.options["track_running_stats"]
     training = case.training or not tracked
-    text = namespace["_fused_batch_norm"].fused_batch_norm_plan(N, C, H * W, case.dtype, training, case.options["momentum"])
-    plan = {name: int(value) for name, value in (field.split("=") for field in text.split())}
-    size = lambda value: "0" if value == 0 else "1" if value == 1 else "more"
-    taken = {f"{name} {size(plan[name])}" for name in ("bulk", "team", "teams", "cooperative", "tiles", "held", "streamed") if name in plan}
     kinds = [str(t).removeprefix("torch.") for t in (case.dtype, case.parameter_dtype)]
-    taken |= {f"x {kinds[0]}, parameters {kinds[1]}", f"layout {case.layout}", f"capability {case.capability[0]}.{case.capability[1]}"}
-    taken.add("batch statistics" if training else "running statistics")
+    taken = {f"x {kinds[0]}, parameters {kinds[1]}", f"layout {case.layout}", f"capability {case.capability[0]}.{case.capability[1]}"}
     taken.add("affine" if case.options["affine"] else "not affine")
-    taken.add("masked edges" if H * W * case.dtype.itemsize % 16 or case.layout == "unaligned" else "whole vectors")
     if training and tracked:
         taken.add("cumulative average" if case.options["momentum"] is None else "moving average")
+    if N * C * H * W == 0:
+        return taken
+    momentum = case.options["momentum"] if tracked else 0.0  # there is always a counter in the plan
+    text = namespace["_fused_batch_norm"].fused_batch_norm_plan(N, C, H * W, case.dtype, training, momentum)
+    plan = {name: int(value) for name, value in (field.split("=") for field in text.split())}
+    plan["rounds"] = -(-C // plan["teams"])
+    structure, masked = STRUCTURES[plan["structure"]], H * W * case.dtype.itemsize % 16 > 0
+    if case.layout == "unaligned" and (structure == "packed" or not masked):  # then the plan for an aligned x is another
+        return taken
+    size = lambda field: str(plan[field]) if plan[field] < 2 else "more"
+    if structure in ("resident", "packed"):
+        team = "one block" if plan["team"] == 1 else "cooperative" if plan["cooperative"] else "cluster" if training else "several blocks"
+        taken.add(f"{structure}, {'training' if training else 'eval'}, {team}")
+    else:
+        taken |= {f"{structure}, {field} {size(field)}" for field in ("bulk", "cooperative", "team", "teams", "rounds")}
+        taken.add(f"ring, tiles {size('tiles')}" if structure == "ring" else f"hold, streamed {size('streamed')}")
+    if structure != "packed":
+        taken.add(f"{structure}, {'masked edges' if masked else 'whole vectors'}")
     return taken
