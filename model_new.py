@@ -81,18 +81,20 @@ namespace {
 // Constants
 // ---------------------------------------------------------------------------------------------
 constexpr int kVectorBytes = 16;      // one access of one thread
-constexpr int kRingThreads = 512;     // at most, in a block that has a multiprocessor to itself
-constexpr int kResidentOverheadBytes = 2048;  // of its shared memory, for all but x and the threads' sums
-constexpr int kMaxSlots = 32;         // tiles in a block's ring: more barriers take longer to set up than they win
-constexpr int kOverheadBytes = 6144;  // of shared memory, for all but the ring
-constexpr int kMaxCluster = 8;        // blocks, that any GPU with clusters takes
-constexpr int kMaxTeamPerLane = 5;    // blocks that one lane of an exchange warp listens to: teams of up to 160
-constexpr int kMaxPack = 8;           // channels that lie side by side in a packed plane
 constexpr int kAtOnce = 4;            // vectors that a lane has on their way from shared memory
 constexpr int kAtOnceHolding = 2;     // the same where most registers hold tiles
-constexpr int kHoldThreads = 384;     // 12 warps with 168 registers a thread, for channels that the ring cannot hold:
+// Resident and packed
 constexpr int kResidentThreads = 512; // at most, in a block of which a multiprocessor takes two
 constexpr int kResidentVectors = 14;  // of such a thread: two such blocks fill shared memory
+constexpr int kResidentOverheadBytes = 2048;  // of its shared memory, for all but x and the threads' sums
+constexpr int kMaxCluster = 8;        // blocks, that any GPU with clusters takes
+constexpr int kMaxPack = 8;           // channels that lie side by side in a packed plane
+// Ring and hold
+constexpr int kRingThreads = 512;     // at most, in a block that has a multiprocessor to itself
+constexpr int kHoldThreads = 384;     // 12 warps with 168 registers a thread, for channels that the ring cannot hold
+constexpr int kMaxSlots = 32;         // tiles in a block's ring: more barriers take longer to set up than they win
+constexpr int kOverheadBytes = 6144;  // of shared memory, for all but the ring
+constexpr int kMaxTeamPerLane = 5;    // blocks that one lane of an exchange warp listens to: teams of up to 160
 // What a warp keeps in registers, as much as spills nothing: tiles, and vectors a lane of a tile.
 template <typename T, bool kMasked>
 constexpr int kHeldTiles = kMasked || sizeof(T) != 4 ? 1 : 2;
@@ -406,7 +408,7 @@ struct Plan {
   int tiles;             // tiles of one channel in one block, in this order:
   int held;              // ... kept in registers, as many by each statistics warp
   int streamed;          // ... let go after the sums and read again; the rest stays in the ring
-  int slots;             // tiles that the ring has room for: a multiple of the warps of each role that goes round it
+  int slots;             // tiles that the ring has room for: a multiple of the warps where each has tiles of its own
   int channel_slots;     // channels that can be under way in a block
   int partials;          // ... and the sums of warps that each has room for
   unsigned threads;      // of a resident block, that take vectors
