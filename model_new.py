@@ -398,6 +398,7 @@ struct Plan {
   int bulk;              // tiles come by the copy engine, else by 16-byte asynchronous copies
   int team, teams;       // blocks that share a channel; how many such teams
   Divisor by_team;
+  int cluster;           // the team is a thread-block cluster
   int cooperative;       // all blocks resident, with a barrier across the grid
   int producers, exchangers, storers, statistics;  // warps of each role
   unsigned plane_vectors, channel_vectors;         // 16-byte vectors that cover one plane; those of all N planes
@@ -475,6 +476,9 @@ __device__ V warp_sum(V v) {
   return v;
 }
 
+template <typename A>
+__device__ Sums<A> warp_sum(const Sums<A>& own) { return {warp_sum(own.s1), warp_sum(own.s2)}; }
+
 __device__ unsigned divide(unsigned n, Divisor d) { return __umulhi(2 * n, d.magic) >> d.shift; }
 
 // A place in a ring, and the parity of the phase that it is in.
@@ -526,13 +530,16 @@ struct Tile {
   }
 };
 
-// Where in x and y the first vector of a tile starts. The cover of a plane that is not made of whole vectors starts at
-// the 16-byte boundary before it.
+// How many elements behind a 16-byte boundary, where its cover starts, a plane starts that is not made of whole vectors.
+template <typename T>
+__device__ int shift_of(const Block& b, int64_t plane) {
+  return int((plane + reinterpret_cast<uintptr_t>(b.a.call.x) / sizeof(T)) & (Vector<T>::kSize - 1));
+}
+
+// Where in x and y the first vector of a tile starts.
 template <typename T, bool kMasked>
 __device__ int64_t first_element(const Block& b, const Tile& tile) {
-  constexpr int kSize = Vector<T>::kSize;
-  const int64_t element = tile.plane + int64_t(tile.offset) * kSize;
-  return kMasked ? element - int((tile.plane + reinterpret_cast<uintptr_t>(b.a.call.x) / sizeof(T)) & (kSize - 1)) : element;
+  return tile.plane + int64_t(tile.offset) * Vector<T>::kSize - (kMasked ? shift_of<T>(b, tile.plane) : 0);
 }
 
 // One vector of a tile: its first element's index in x and y, and which of its elements belong to the plane.
@@ -549,7 +556,7 @@ struct Place {
     } else {  // the plane's cover starts at the 16-byte boundary before it
       element = tile.plane + row * (a.plan.packs * a.plan.plane);
       const int64_t in_plane = int64_t(q - row * a.plan.plane_vectors) * kSize;
-      const int shift = int((element + reinterpret_cast<uintptr_t>(a.call.x) / sizeof(T)) & (kSize - 1));
+      const int shift = shift_of<T>(b, element);
       begin = in_plane == 0 ? shift : 0;
       end = int(max(int64_t(0), min(int64_t(kSize), a.plan.plane + shift - in_plane)));
       element += in_plane - shift;
@@ -773,7 +780,7 @@ struct Summary {
   }
 
   __device__ void publish(Partial<A>* partial, Barrier* summed) {
-    const Sums<A> warp = {warp_sum(sums.s1), warp_sum(sums.s2)};
+    const Sums<A> warp = warp_sum(sums);
     __syncwarp();  // else a slow lane might still read a tile that other warps then let go
     if (b.lane == 0) {
       *partial = Partial<A>{pivot, warp};
@@ -786,10 +793,6 @@ template <typename A>
 __device__ Partial<A>* partial_at(const Block& b, int channel_slot, int index) {
   return static_cast<Partial<A>*>(b.shared.partial) + channel_slot * b.a.plan.partials + index;
 }
-
-// By a warp: lane i brings the sums of part i, all get the whole.
-template <typename A>
-__device__ Sums<double> warp_sum(const Sums<A>& own) { return {warp_sum(double(own.s1)), warp_sum(double(own.s2))}; }
 
 template <typename A>
 __device__ Result<A> wait_for_result(const Block& b, RingPosition at) {
@@ -825,7 +828,6 @@ __device__ void hold(const Block& b, int warp, typename Accumulator<T>::type sam
   using A = typename Accumulator<T>::type;
   constexpr int kTiles = kHeldTiles<T, kMasked>;
   const Plan& p = b.a.plan;
-  const int64_t elements = b.a.call.N * b.a.call.C * b.a.call.HW;
   RingPosition position, at;
   position.advance(warp, p.slots);
   for (int64_t channel = b.first_channel; channel < b.a.call.C; channel += p.teams) {
@@ -886,7 +888,7 @@ __device__ void hold(const Block& b, int warp, typename Accumulator<T>::type sam
             const unsigned v = b.lane + 32 * i;
             if (v >= tile.count) continue;
             const Place<T, kMasked> from(b, tile, v);
-            if (!kMasked || from.element + Vector<T>::kSize <= elements)
+            if (inside(b, from))
               held[h][i] = load_vector(reinterpret_cast<const Vector<T>*>(static_cast<const T*>(b.a.call.x) + from.element));
             else
               held[h][i] = elementwise(b, from);
@@ -993,7 +995,9 @@ __device__ void finish(const Block& b, int warp, double factor) {
     barrier_wait(&b.shared.summed[at.slot], at.parity);
     const Partial<A>* const partial = partial_at<A>(b, at.slot, 0);
     const double pivot = partial->pivot;
-    Sums<double> sums = warp_sum(b.lane < p.partials ? partial[b.lane].sums : Sums<A>());
+    Sums<double> sums;
+    if (b.lane < p.partials) sums.add(partial[b.lane].sums);
+    sums = warp_sum(sums);
     __syncwarp();  // else a slow lane might still read partials that the next channels overwrite
     if (p.team > 1) sums = exchange(b, channel, sums);
     const Moments moments(call, pivot, sums);
@@ -1036,8 +1040,7 @@ __device__ void resident(const Block& b) {
   const FusedBatchNormCall& call = b.a.call;
   const int warp = threadIdx.x / 32, channel = b.first_channel * p.pack + warp;
   const bool looks_after = warp < p.pack && channel < call.C;
-  const bool cluster = call.training && p.team > 1 && !p.cooperative;
-  if (cluster) cluster_arrive();  // waited for below: then the peers are there
+  if (p.cluster) cluster_arrive();  // waited for below: then the peers are there
 
   const A sample = load_sample<T>(b, !kPacked ? b.first_channel : looks_after ? channel : call.C);
 
@@ -1052,11 +1055,11 @@ __device__ void resident(const Block& b) {
 
   // A thread's vectors lie `threads` apart, so in packed planes all of them at the same place of the plane: the end of one
   // channel (`first` of the pack), from element `split` on the next one.
+  const auto element_of = [&](unsigned thread) { return (thread - divide(thread, p.by_plane_vectors) * p.plane_vectors) * kSize; };
   int first = 0, split = kSize;
   if (kPacked) {
-    const unsigned element = (threadIdx.x - divide(threadIdx.x, p.by_plane_vectors) * p.plane_vectors) * kSize;
-    first = int(divide(element, p.by_channel));
-    split = min(int((first + 1) * call.HW - element), kSize);
+    first = int(divide(element_of(threadIdx.x), p.by_channel));
+    split = min(int((first + 1) * call.HW - element_of(threadIdx.x)), kSize);
   }
   const int next = min(first + 1, p.pack - 1);
   const auto pick = [&](const auto* values) { return Pick<std::decay_t<decltype(*values)>>{values[first], values[next], kPacked ? split : kSize}; };
@@ -1096,17 +1099,16 @@ __device__ void resident(const Block& b) {
     if (kPacked) {
       partial[threadIdx.x] = {add_up(part, 0, split), add_up(part, split, kSize), 0};
     } else {
-      const Sums<A> sums = add_up(part), all = {warp_sum(sums.s1), warp_sum(sums.s2)};
+      const Sums<A> all = warp_sum(add_up(part));
       if (b.lane == 0) partial[warp].a = all;
     }
-    if (cluster) cluster_wait();
+    if (p.cluster) cluster_wait();
     __syncthreads();
     Sums<double> sums;
     if (looks_after) {
       if (kPacked) {
         for (unsigned t = b.lane; t < p.threads; t += 32) {
-          const unsigned element = (t - divide(t, p.by_plane_vectors) * p.plane_vectors) * kSize;
-          const int its_first = int(divide(element, p.by_channel));
+          const int its_first = int(divide(element_of(t), p.by_channel));
           if (its_first == warp) sums.add(partial[t].a);
           if (its_first + 1 == warp) sums.add(partial[t].b);
         }
@@ -1114,10 +1116,10 @@ __device__ void resident(const Block& b) {
         sums.add(partial[b.lane].a);
       }
       sums = warp_sum(sums);
-      if (cluster && b.lane < p.team) in_peer(team_sums, b.lane)[warp * p.team + b.rank] = sums;
+      if (p.cluster && b.lane < p.team) in_peer(team_sums, b.lane)[warp * p.team + b.rank] = sums;
       if (p.cooperative && b.lane == 0) team_sums[warp * p.team + b.rank] = sums;
     }
-    if (cluster) {
+    if (p.cluster) {
       cluster_arrive();
       cluster_wait();
     } else if (p.cooperative) {
@@ -1254,6 +1256,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
     p.team = int(team);
     p.teams = int(std::max<int64_t>(p.packs, 1));
     p.by_team = divisor(team);
+    p.cluster = call.training && team > 1 && !cooperative;
     p.cooperative = cooperative;
     p.scratch_words = cooperative ? call.C * team : 0;
     p.slots = p.tiles = 1;
@@ -1375,6 +1378,16 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
 // ---------------------------------------------------------------------------------------------
 using Allocate = void* (*)(size_t bytes, void* context);
 
+template <typename T, bool kMasked>
+auto kernel_for(int structure) {
+  if (structure == kRing) return fused_batch_norm_forward_kernel<T, kMasked, kRing>;
+  if (structure == kHold) return fused_batch_norm_forward_kernel<T, kMasked, kHold>;
+  if constexpr (!kMasked && Vector<T>::kSize > 2) {
+    if (structure == kPacked) return fused_batch_norm_forward_kernel<T, false, kPacked>;
+  }
+  return fused_batch_norm_forward_kernel<T, kMasked, kResident>;
+}
+
 // Calls use(kernel, plan) for the kernel that suits the call. Returns null, or what went wrong.
 template <typename T, typename Use>
 const char* with_kernel(const FusedBatchNormCall& call, Use use) {
@@ -1392,14 +1405,7 @@ const char* with_kernel(const FusedBatchNormCall& call, Use use) {
   const int size = Vector<T>::kSize;
   const bool masked = call.HW % size != 0 || reinterpret_cast<uintptr_t>(call.x) % kVectorBytes != 0;
   const Plan plan = make_plan(call, device, size, masked, masked ? kHeldTiles<T, true> : kHeldTiles<T, false>);
-  if (masked && plan.structure != kPacked) {
-    const decltype(any) kernels[] = {fused_batch_norm_forward_kernel<T, true, kResident>, any, fused_batch_norm_forward_kernel<T, true, kRing>, fused_batch_norm_forward_kernel<T, true, kHold>};
-    return use(kernels[plan.structure], plan);
-  }
-  auto packed = any;
-  if constexpr (Vector<T>::kSize > 2) packed = fused_batch_norm_forward_kernel<T, false, kPacked>;
-  const decltype(any) kernels[] = {any, packed, fused_batch_norm_forward_kernel<T, false, kRing>, fused_batch_norm_forward_kernel<T, false, kHold>};
-  return use(kernels[plan.structure], plan);
+  return use(masked && plan.structure != kPacked ? kernel_for<T, true>(plan.structure) : kernel_for<T, false>(plan.structure), plan);
 }
 
 template <typename Use>
@@ -1432,7 +1438,7 @@ extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call, A
     config.dynamicSmemBytes = plan.shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;
-    config.numAttrs = plan.structure <= kPacked && call->training && plan.team > 1 && !plan.cooperative ? 2 : 1;
+    config.numAttrs = plan.cluster ? 2 : 1;
     error = cudaLaunchKernelEx(&config, kernel, arguments);
     return error ? cudaGetErrorString(error) : nullptr;
   });

@@ -26,8 +26,8 @@ _NORMALISE = """      for_each_vector<kAtOnce>(tile_at<T>(b, position.slot), war
 """
 _RELEASE = "      release(b, position.slot);\n"
 _ZERO = "for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < p.scratch_words; i += int64_t(p.team) * p.teams * blockDim.x)\n      store_word(&a.scratch[i], Word{0, 0});"
-_REMOTE_SUMS = "      if (cluster && b.lane < p.team) in_peer(team_sums, b.lane)[warp * p.team + b.rank] = sums;\n"
-_FIRST_WAIT = "    if (cluster) cluster_wait();\n"
+_REMOTE_SUMS = "      if (p.cluster && b.lane < p.team) in_peer(team_sums, b.lane)[warp * p.team + b.rank] = sums;\n"
+_FIRST_WAIT = "    if (p.cluster) cluster_wait();\n"
 _LAST_BARRIER = "      cluster_arrive();\n      cluster_wait();\n"
 _GRID_WAIT = "  if (p.cooperative) grid.barrier_wait(std::move(arrival));"
 
@@ -50,7 +50,7 @@ MUTANTS = [
     ("the mean's low part forgotten", "A(beta - (mean - A(mean)) * inv_std * gamma)", "A(beta)"),
     ("the mean folded into the shift", "(widen(x.get(i)) - r[i].mean) * r[i].scale + r[i].shift", "widen(x.get(i)) * r[i].scale + (r[i].shift - r[i].mean * r[i].scale)"),
     ("the block's own sums added twice", "  Sums<double> sums;\n#pragma unroll", "  Sums<double> sums = lane == 0 ? own : Sums<double>();\n#pragma unroll"),
-    ("a warp's sums added twice", "b.lane < p.partials ? partial[b.lane].sums", "b.lane <= p.partials ? partial[b.lane % p.partials].sums"),
+    ("a warp's sums added twice", "if (b.lane < p.partials) sums.add(partial[b.lane].sums)", "if (b.lane <= p.partials) sums.add(partial[b.lane % p.partials].sums)"),
     ("the last block's sums left out", "lane + 32 * i < team ? 0", "lane + 32 * i < team - 1 ? 0"),
     ("gamma read as float whatever it is", "load_parameter<T>(call.gamma, c, call.affine_float)", "load_parameter<T>(call.gamma, c, true)"),
     ("running_var stored as float whatever it is", "store_parameter<T>(call.running_var, c, call.running_float,", "store_parameter<T>(call.running_var, c, true,"),
@@ -75,8 +75,8 @@ MUTANTS = [
     ("reads past the end of x", "return !kMasked || from.element + Vector<T>::kSize <= b.a.call.N * b.a.call.C * b.a.call.HW;", "return true;"),
     ("the copy engine reads past the end of x", "if (inside(b, last)) break;", "break;"),
     ("what the copy engine leaves at the end of x forgotten", "if (b.lane == 0) to[count] = elementwise(b, last);", ""),
-    ("planes aligned as the tensor", "(element + reinterpret_cast<uintptr_t>(a.call.x) / sizeof(T)) & (kSize - 1)", "element & (kSize - 1)"),
-    ("the copy engine starts at the plane, not at its cover", "return kMasked ? element - int(", "return false ? element - int("),
+    ("planes aligned as the tensor", "(plane + reinterpret_cast<uintptr_t>(b.a.call.x) / sizeof(T)) & ", "plane & "),
+    ("the copy engine starts at the plane, not at its cover", "(kMasked ? shift_of<T>(b, tile.plane) : 0)", "0"),
     ("one vector too few for a plane's edges", "(p.plane + size - 2) / size + 1", "(p.plane + size - 2) / size"),
     ("one vector too many in the last tile", "min(p.tile_vectors, p.channel_vectors - first)", "min(p.tile_vectors, p.channel_vectors - first + 1)"),
     ("tiles behind the channel's end", "count = first < p.channel_vectors ? min(p.tile_vectors, p.channel_vectors - first) : 0;", "count = min(p.tile_vectors, p.channel_vectors - first);"),
@@ -87,7 +87,7 @@ MUTANTS = [
     ("a tile's second plane copied to the first's place", "copy_bulk(to + begin,", "copy_bulk(to,"),
     # ---- packed: channels side by side
     ("a pack's channels counted from 0", "channel = b.first_channel * p.pack + warp;", "channel = warp;"),
-    ("a vector's split off by one", "int((first + 1) * call.HW - element)", "int((first + 1) * call.HW - element) + 1"),
+    ("a vector's split off by one", "int((first + 1) * call.HW - element_of(threadIdx.x))", "int((first + 1) * call.HW - element_of(threadIdx.x)) + 1"),
     ("no split: all elements are the first channel's", "kPacked ? split : kSize}; };", "kSize}; };"),
     ("the next channel's pivot for all of a vector", "pivot = pick(pivots);", "pivot = same<T>(pivots[next]);"),
     ("the next channel's result for all of a vector", "result = pick(results);", "result = same<T>(results[kPacked ? next : 0]);"),
@@ -171,12 +171,12 @@ MUTANTS = [
     ("resident: every block of a team updates the running buffers", "if (b.rank == 0) parameters.save(moments, call.momentum);", "parameters.save(moments, call.momentum);"),
     ("resident: every block counts the batch", "call.training && call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0)", "call.training && call.num_batches_tracked && threadIdx.x == 0)"),
     ("resident: no cooperative launch", "attributes[0].val.cooperative = plan.cooperative;", "attributes[0].val.cooperative = plan.cooperative && plan.structure > kPacked;"),
-    ("no cluster asked for", "plan.team > 1 && !plan.cooperative ? 2 : 1;", "plan.team > 1 && !plan.cooperative ? 1 : 1;"),
+    ("no cluster asked for", "plan.cluster ? 2 : 1;", "1;"),
     ("clusters where there are none", "find_resident(clusters ? kMaxCluster : 1)", "find_resident(kMaxCluster)"),
-    ("no first barrier of the cluster", "  if (cluster) cluster_arrive();", "", _FIRST_WAIT, ""),
+    ("no first barrier of the cluster", "  if (p.cluster) cluster_arrive();", "", _FIRST_WAIT, ""),
     ("the cluster's first barrier not waited for", _FIRST_WAIT, ""),
     ("peers written to before they are there", _FIRST_WAIT, "", _LAST_BARRIER, "      cluster_wait();\n" + _LAST_BARRIER),
-    ("sums sent behind the cluster's barrier", _REMOTE_SUMS, "", "    if (cluster) {\n      cluster_arrive();\n", "    if (cluster) {\n      cluster_arrive();\n      if (looks_after)\n" + _REMOTE_SUMS),
+    ("sums sent behind the cluster's barrier", _REMOTE_SUMS, "", "    if (p.cluster) {\n      cluster_arrive();\n", "    if (p.cluster) {\n      cluster_arrive();\n      if (looks_after)\n" + _REMOTE_SUMS),
     ("the cluster's sums not waited for", _LAST_BARRIER, "      cluster_arrive();\n"),
     ("sums sent to the wrong rank's place", "in_peer(team_sums, b.lane)[warp * p.team + b.rank]", "in_peer(team_sums, b.lane)[warp * p.team + b.lane]"),
     ("sums sent to the own block only", "in_peer(team_sums, b.lane)", "in_peer(team_sums, b.rank)"),

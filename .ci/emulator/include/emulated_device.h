@@ -12,7 +12,7 @@ __forceinline__ Policy make_policy(Keep) { return 0; }
 __forceinline__ void copy_bulk(void* shared, const void* global, unsigned bytes, Barrier* b, Policy) {
   emulator::copy_bulk(shared, global, bytes, b);
 }
-__forceinline__ void copy_16(void* shared, const void* global, Policy = 0) { emulator::copy_16(shared, global); }
+__forceinline__ void copy_16(void* shared, const void* global, Policy) { emulator::copy_16(shared, global); }
 __forceinline__ void copies_arrive(Barrier* b) { emulator::copies_arrive(b); }
 __forceinline__ void copies_commit() { emulator::copies_commit(); }
 template <int kPending> __forceinline__ void copies_wait() { emulator::copies_wait(kPending); }
