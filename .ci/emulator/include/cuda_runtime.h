@@ -20,45 +20,22 @@ extern "C" void* memset(void*, int, std::size_t) noexcept __asm__("emulated_mems
 #define __device__
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __align__(bytes) alignas(bytes)
 
 // Set at each switch of fibres. `const`, since a fibre never sees them change: the compiler may keep them.
 extern "C" {
 extern const uint3 threadIdx, blockIdx;
 extern const dim3 blockDim, gridDim;
 }
-constexpr int warpSize = 32;
-
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(16) double2 { double x, y; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(16) int4 { int x, y, z, w; };
-__forceinline__ float2 make_float2(float x, float y) { return {x, y}; }
-__forceinline__ float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-__forceinline__ double2 make_double2(double x, double y) { return {x, y}; }
-__forceinline__ uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 // ---- device functions
 
 using std::isfinite;
-using std::isinf;
-using std::isnan;
-__forceinline__ float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 __forceinline__ double rsqrt(double v) { return 1.0 / std::sqrt(v); }
 template <typename T> __forceinline__ T min(T a, T b) { return b < a ? b : a; }
 template <typename T> __forceinline__ T max(T a, T b) { return a < b ? b : a; }
 __forceinline__ unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
-__forceinline__ unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
-  return (unsigned long long)(((unsigned __int128)a * b) >> 64);
-}
-__forceinline__ int __popc(unsigned v) { return __builtin_popcount(v); }
-__forceinline__ int __clz(int v) { return v == 0 ? 32 : __builtin_clz(unsigned(v)); }
-__forceinline__ int __ffs(int v) { return __builtin_ffs(v); }
 __forceinline__ long long __double_as_longlong(double v) {
   long long bits;
   __builtin_memcpy(&bits, &v, 8);
@@ -69,7 +46,6 @@ __forceinline__ double __longlong_as_double(long long bits) {
   __builtin_memcpy(&v, &bits, 8);
   return v;
 }
-template <typename T> __forceinline__ T __ldg(const T* address) { return *address; }
 
 __forceinline__ void __syncthreads() { emulator::sync_block(); }
 __forceinline__ void __syncwarp(unsigned mask = ~0u) { emulator::sync_warp(mask); }
@@ -83,24 +59,10 @@ template <typename T> __forceinline__ T emulated_shuffle(unsigned mask, T value,
   return value;
 }
 // `width` splits the warp into independent parts; a source outside the lane's part means its own value.
-template <typename T> __forceinline__ T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
-  return emulated_shuffle(mask, value, (emulator::lane() & ~unsigned(width - 1)) | (unsigned(from) & unsigned(width - 1)));
-}
 template <typename T> __forceinline__ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
   const unsigned lane = emulator::lane(), from = lane ^ unsigned(bits);
   return emulated_shuffle(mask, value, from / unsigned(width) > lane / unsigned(width) ? lane : from);
 }
-template <typename T> __forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
-  const unsigned lane = emulator::lane();
-  return emulated_shuffle(mask, value, (lane & unsigned(width - 1)) + by < unsigned(width) ? lane + by : lane);
-}
-template <typename T> __forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
-  const unsigned lane = emulator::lane();
-  return emulated_shuffle(mask, value, (lane & unsigned(width - 1)) >= by ? lane - by : lane);
-}
-__forceinline__ unsigned __ballot_sync(unsigned mask, int predicate) { return emulator::ballot(mask, predicate != 0); }
-__forceinline__ int __any_sync(unsigned mask, int predicate) { return emulator::ballot(mask, predicate != 0) != 0; }
-__forceinline__ int __all_sync(unsigned mask, int predicate) { return emulator::ballot(mask, predicate == 0) == 0; }
 
 // ---- host functions
 
@@ -157,8 +119,6 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   return cudaError_t(emulator::attribute(which, value));
 }
-inline cudaError_t cudaGetLastError() { return cudaError_t(emulator::last_error(true)); }
-inline cudaError_t cudaPeekAtLastError() { return cudaError_t(emulator::last_error(false)); }
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess: return "no error";

@@ -33,8 +33,6 @@ void* in_peer(const void* shared, unsigned rank);
 
 // Values between the lanes in `mask`; these do not order memory. Lane i gets the value of lane `from`.
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane);
-// One bit from each lane in `mask`, 0 for the others.
-unsigned ballot(unsigned mask, bool predicate);
 
 // mbarriers in shared memory, and the asynchronous copies that arrive on them.
 void barrier_init(uint64_t* barrier, unsigned arrivals);
@@ -67,7 +65,6 @@ struct Launch {
 int launch(const Launch& launch, void (*body)(const void* arguments), const void* arguments, size_t argument_bytes);
 int attribute(int which, int* value);
 int set_shared_limit(const void* kernel, int bytes);
-int last_error(bool clear);
 int capability();
 
 }  // namespace emulator

@@ -64,7 +64,7 @@ struct Fibre {
   const void* place = nullptr;
   const void* barrier = nullptr;
   unsigned parity = 0;
-  uint64_t result = 0;          // what a shuffle or ballot brought
+  uint64_t result = 0;          // what a shuffle brought
   Clock clock;
   struct Piece { unsigned char* to; const unsigned char* from; unsigned bytes; };
   std::vector<Piece> untracked; // its copy_16s since the last copies_arrive or copies_commit

@@ -94,7 +94,6 @@ static unsigned next_cluster, blocks_left;
 static std::vector<unsigned> cluster_order;
 static void* host_stack_pointer;
 static std::string error;                      // of the first detector that fired since it was last taken
-static int last_error_code;
 static std::map<const void*, int> shared_limits;
 static const char* const kLevelNames[] = {"cluster", "grid"};
 
@@ -472,17 +471,6 @@ uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane) {
   return current->result;
 }
 
-unsigned ballot(unsigned mask, bool predicate) {
-  meet("a vote", mask, predicate, 0, __builtin_return_address(0), [](const Rendezvous& r, Fibre* lanes) {
-    unsigned bits = 0;
-    for (unsigned i = 0; i < 32; ++i)
-      if (r.mask >> i & 1) bits |= unsigned(r.value[i]) << i;
-    for (unsigned i = 0; i < 32; ++i)
-      if (r.mask >> i & 1) lanes[i].result = bits;
-  });
-  return unsigned(current->result);
-}
-
 unsigned lane() { return current->thread % 32; }
 unsigned char* shared_memory() { return current->block->shared; }
 
@@ -579,8 +567,6 @@ static void finish_block(Block& block) {
 
 // ---- launches
 
-static int refuse(int code) { return last_error_code = code; }
-
 constexpr unsigned kMaxThreads = 24 * 1024;  // at a time: each has a stack of its own, and the host counts mappings
 
 static int reserved_bytes() { return machine.device.capability < 80 ? 0 : 1024; }  // by the system, of each block
@@ -597,16 +583,16 @@ static unsigned resident_blocks(const Launch& launch) {
 int launch(const Launch& launch, void (*launch_body)(const void*), const void* arguments, size_t argument_bytes) {
   const Device& device = machine.device;
   const auto limit = shared_limits.find(launch.kernel);
-  if (launch.blocks() == 0 || launch.threads == 0 || launch.threads > 1024) return refuse(9);
+  if (launch.blocks() == 0 || launch.threads == 0 || launch.threads > 1024) return 9;
   if (launch.shared_bytes > size_t(limit == shared_limits.end() ? std::min(device.shared_bytes, 48 * 1024) : limit->second))
-    return refuse(1);
-  if (launch.cluster == 0) return refuse(1);
-  if (launch.cluster > 1 && device.capability < 90) return refuse(801);
-  if (launch.grid_x % launch.cluster) return refuse(9);
+    return 1;
+  if (launch.cluster == 0) return 1;
+  if (launch.cluster > 1 && device.capability < 90) return 801;
+  if (launch.grid_x % launch.cluster) return 9;
   unsigned resident = resident_blocks(launch) / launch.cluster * launch.cluster;
-  if (launch.cluster > 8 || resident == 0) return refuse(912);
-  if (launch.cooperative && launch.blocks() > resident) return refuse(720);
-  if (!error.empty()) return refuse(719);
+  if (launch.cluster > 8 || resident == 0) return 912;
+  if (launch.cooperative && launch.blocks() > resident) return 720;
+  if (!error.empty()) return 719;
   ++launches;
   if (launch.blocks() >= kMaxBlocks) record("limit", "more blocks than the emulator can number", nullptr);
   resident = std::min({resident, launch.blocks(), std::max(1u, kMaxThreads / launch.threads / launch.cluster) * launch.cluster});
@@ -654,7 +640,7 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
   }
   machine.slots.clear();
   while (!machine.stores.empty()) show(0);
-  return refuse(error.empty() ? 0 : 719);
+  return error.empty() ? 0 : 719;
 }
 
 int attribute(int which, int* value) {
@@ -665,21 +651,15 @@ int attribute(int which, int* value) {
       {39, threads}, {75, device.capability / 10}, {76, device.capability % 10}, {81, device.shared_bytes + reserved_bytes()},
       {95, 1}, {97, device.shared_bytes}, {111, reserved_bytes()}};
   const auto found = values.find(which);
-  if (found == values.end()) return refuse(801);
+  if (found == values.end()) return 801;
   *value = found->second;
   return 0;
 }
 
 int set_shared_limit(const void* kernel, int bytes) {
-  if (bytes > machine.device.shared_bytes) return refuse(1);
+  if (bytes > machine.device.shared_bytes) return 1;
   shared_limits[kernel] = bytes;
   return 0;
-}
-
-int last_error(bool clear) {
-  const int code = last_error_code;
-  if (clear) last_error_code = 0;
-  return code;
 }
 
 int capability() { return machine.device.capability; }
@@ -704,7 +684,6 @@ void emulator_set_schedule(uint64_t new_seed, int new_policy) {
 void emulator_begin() {
   ranges().clear();
   error.clear();
-  last_error_code = 0;
   in_call = true;
 }
 
