@@ -8,8 +8,8 @@ sweep that writes, a channel's data stays on the chip.
 Few channels at a time are under way, and a channel is shared by a team of blocks. make_plan() in the CUDA text chooses,
 from shape and device, one of these structures of the one kernel, and the sizes in it:
 
-    resident   a block's share of a channel fits into half of a multiprocessor's shared memory: each thread copies vectors of
-               its own there, sums them, waits for the team, and stores them normalised. Blocks overlap each other's phases.
+    resident   a block's share of a channel fits into registers and half of a multiprocessor's shared memory: each thread loads
+               vectors of its own, sums them, waits for the team, and stores them normalised. Blocks overlap each other's phases.
     packed     the same where planes do not end with a 16-byte vector (7×7, say), on a few channels side by side that do.
     ring       one block per multiprocessor takes channel after channel, as tiles:
 
@@ -85,8 +85,12 @@ constexpr int kAtOnce = 4;            // vectors that a lane has on their way fr
 constexpr int kAtOnceHolding = 2;     // the same where most registers hold tiles
 // Resident and packed
 constexpr int kResidentThreads = 512; // at most, in a block of which a multiprocessor takes two
-constexpr int kResidentVectors = 14;  // of such a thread: two such blocks fill shared memory
-constexpr int kResidentOverheadBytes = 2048;  // of its shared memory, for all but x and the threads' sums
+constexpr int kPackedThreads = 448;   // the same, since two channels a vector take more registers
+constexpr int kResidentVectors = 14;  // of a thread, if the block has not too many
+// Of them in registers, as many as spill nothing, where a vector has `size` elements; the others in shared memory.
+constexpr int resident_held(int size, bool packed) { return packed && size == 8 ? 2 : 3; }
+constexpr int kResidentOverheadBytes = 2048;  // of a block's shared memory, for all but x and the threads' sums
+constexpr int kResidentTeamPerLane = 2;  // blocks of a cooperative launch that one lane listens to: teams of up to 64
 constexpr int kMaxCluster = 8;        // blocks, that any GPU with clusters takes
 constexpr int kMaxPack = 8;           // channels that lie side by side in a packed plane
 // Ring and hold
@@ -94,7 +98,7 @@ constexpr int kRingThreads = 512;     // at most, in a block that has a multipro
 constexpr int kHoldThreads = 384;     // 12 warps with 168 registers a thread, for channels that the ring cannot hold
 constexpr int kMaxSlots = 32;         // tiles in a block's ring: more barriers take longer to set up than they win
 constexpr int kOverheadBytes = 6144;  // of shared memory, for all but the ring
-constexpr int kMaxTeamPerLane = 5;    // blocks that one lane of an exchange warp listens to: teams of up to 160
+constexpr int kTeamPerLane = 5;       // blocks that one lane of an exchange warp listens to: teams of up to 160
 // What a warp keeps in registers, as much as spills nothing: tiles, and vectors a lane of a tile.
 template <typename T, bool kMasked>
 constexpr int kHeldTiles = kMasked || sizeof(T) != 4 ? 1 : 2;
@@ -219,18 +223,10 @@ __device__ void copy_16(void* shared, const void* global, Policy policy) {
 #endif
 }
 
-// The copy_16 of this thread since the last such call are a group.
-__device__ void copies_commit() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Returns when all groups of this thread but the last `kPending` have landed, for this thread to see.
-template <int kPending>
+// Returns when all copy_16 of this thread have landed, for this thread to see.
 __device__ void copies_wait() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 
@@ -290,12 +286,22 @@ __device__ void add_tag(Word* p) {
 
 __device__ void nap() { __nanosleep(40); }
 
-// 16 bytes that L2 may forget.
+// Sleeps for so many clock cycles, about.
+__device__ void rest(int64_t cycles) {
+  const int64_t start = clock64();
+  while (clock64() - start < cycles) __nanosleep(20);
+}
+
+// 16 bytes.
 template <typename V>
-__device__ V load_vector(const V* address) {
+__device__ V load_vector(const V* address, Policy policy) {
   uint4 raw;
-  asm volatile("ld.global.cs.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w) : "l"(address));
+#if __CUDA_ARCH__ >= 800
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w) : "l"(address), "l"(policy));
+#else
+  raw = *reinterpret_cast<const uint4*>(address);
+#endif
   return *reinterpret_cast<const V*>(&raw);
 }
 
@@ -325,11 +331,17 @@ struct alignas(kVectorBytes) Vector {  // kept as words: as elements, 16-bit one
     memcpy(&element, bits, sizeof(T));
     return element;
   }
-  __device__ void set(int i, T element) {  // in rising order of i
+  __device__ void push(T element) {  // becomes element 0; the others move up
+    constexpr int kWords = (sizeof(T) + 3) / 4, kBits = sizeof(T) % 4 * 8;
+#pragma unroll
+    for (int i = 3; i >= 0; --i) {
+      if (kBits > 0) word[i] = word[i] << kBits | (i > 0 ? word[i - 1] >> kBits : 0);
+      else if (i >= kWords) word[i] = word[i - kWords];
+    }
     unsigned bits[2] = {};
     memcpy(bits, &element, sizeof(T));
-    word[i * sizeof(T) / 4] |= bits[0] << (i * sizeof(T) % 4 * 8);
-    if (sizeof(T) == 8) word[i * 2 % 4 + 1] = bits[1];
+    word[0] = kBits > 0 ? word[0] | bits[0] : bits[0];
+    if (kWords > 1) word[1] = bits[1];
   }
 };
 
@@ -368,8 +380,8 @@ template <typename T, typename A> __device__ T narrow(A v) {
 
 // Element i of a parameter or a running buffer, which is float or of x's own type.
 template <typename T>
-__device__ double load_parameter(const void* p, int64_t i, bool is_float) {
-  return is_float ? double(static_cast<const float*>(p)[i]) : double(widen(static_cast<const T*>(p)[i]));
+__device__ typename Accumulator<T>::type load_parameter(const void* p, int64_t i, bool is_float) {
+  return is_float ? static_cast<const float*>(p)[i] : widen(static_cast<const T*>(p)[i]);
 }
 
 template <typename T>
@@ -405,7 +417,7 @@ struct Plan {
   Divisor by_plane_vectors;
   unsigned tile_vectors; // vectors of a tile
   unsigned step_vectors, step_offset;  // from a block's tile to its next: vectors in all, beyond whole planes,
-  int64_t step_elements;               // and the elements of x that those planes are apart
+  int64_t step_elements;               // and the elements of x that those planes are apart; packed: from a thread's vector to its next
   int tiles;             // tiles of one channel in one block, in this order:
   int held;              // ... kept in registers, as many by each statistics warp
   int streamed;          // ... let go after the sums and read again; the rest stays in the ring
@@ -413,9 +425,14 @@ struct Plan {
   int channel_slots;     // channels that can be under way in a block
   int partials;          // ... and the sums of warps that each has room for
   unsigned threads;      // of a resident block, that take vectors
+  unsigned kept_vectors; // of its tile, in shared memory
+  Divisor by_turn;       // teams that start at once;
+  int turns;             // how many turns of such teams are there at first,
+  int turn_cycles;       // and what each starts later than the one before
   int in_flight;         // tiles that the producer lets be on their way
   int64_t scratch_words;
   int shared_bytes;
+  double per_element, per_element_but_one;  // 1 / (N·HW) and 1 / (N·HW − 1)
 };
 
 struct Arguments {
@@ -570,9 +587,8 @@ struct Place {
 template <typename T, bool kMasked>
 __device__ Vector<T> elementwise(const Block& b, const Place<T, kMasked>& place) {
   Vector<T> x;
-#pragma unroll
-  for (int i = 0; i < Vector<T>::kSize; ++i)
-    if (place.has(i)) x.set(i, static_cast<const T*>(b.a.call.x)[place.element + i]);
+#pragma unroll 1
+  for (int i = Vector<T>::kSize - 1; i >= 0; --i) x.push(place.has(i) ? static_cast<const T*>(b.a.call.x)[place.element + i] : T());
   return x;
 }
 
@@ -677,12 +693,17 @@ __device__ bool inside(const Block& b, const Place<T, kMasked>& from) {
   return !kMasked || from.element + Vector<T>::kSize <= b.a.call.N * b.a.call.C * b.a.call.HW;
 }
 
-// Sends for one vector of a tile, by this thread.
+// Loads one vector of x: into a register, or some time later into shared memory.
 template <typename T, bool kMasked>
-__device__ void fetch(const Block& b, const Tile& tile, unsigned v, Vector<T>* to, Policy policy) {
-  const Place<T, kMasked> from(b, tile, v);
-  if (inside(b, from)) copy_16(to + v, static_cast<const T*>(b.a.call.x) + from.element, policy);
-  else to[v] = elementwise(b, from);
+__device__ Vector<T> load(const Block& b, const Place<T, kMasked>& from, Policy policy) {
+  if (inside(b, from)) return load_vector(reinterpret_cast<const Vector<T>*>(static_cast<const T*>(b.a.call.x) + from.element), policy);
+  return elementwise(b, from);
+}
+
+template <typename T, bool kMasked>
+__device__ void fetch(const Block& b, const Place<T, kMasked>& from, Vector<T>* to, Policy policy) {
+  if (inside(b, from)) copy_16(to, static_cast<const T*>(b.a.call.x) + from.element, policy);
+  else *to = elementwise(b, from);
 }
 
 // Sends a tile on its way into a slot of the ring: by the copy engine, a warp for all, or by `producers` warps.
@@ -713,17 +734,15 @@ __device__ void send(const Block& b, const Tile& tile, int slot, int warp, Polic
     }
   } else {
 #pragma unroll 2
-    for (unsigned v = warp * 32 + b.lane; v < tile.count; v += p.producers * 32) fetch<T, kMasked>(b, tile, v, to, policy);
+    for (unsigned v = warp * 32 + b.lane; v < tile.count; v += p.producers * 32) fetch(b, Place<T, kMasked>(b, tile, v), to + v, policy);
     copies_arrive(full);
     barrier_arrive(full);  // for all but the copies, whose own arrival orders nothing else
   }
 }
 
-// The whole warp has read a tile: one arrival.
-__device__ void release(const Block& b, int slot) {
-  __syncwarp();  // else a slow lane might still read
-  if (b.lane == 0) barrier_arrive(&b.shared.empty[slot]);
-}
+// The whole warp has read a tile. Each lane says so for itself: one for all would need the warp's barrier, which compilers leave
+// out where lanes run together anyway, and then compute-sanitizer sees no order.
+__device__ void release(const Block& b, int slot) { barrier_arrive(&b.shared.empty[slot]); }
 
 // Producer: keeps the ring full. Without the copy engine, several warps share each tile.
 template <typename T, bool kMasked>
@@ -743,14 +762,12 @@ struct Producer {
     const Plan& p = b.a.plan;
 #pragma unroll 1
     for (; channel < b.a.call.C && sent != most; ++sent) {
-      if (b.lane == 0) {  // one lane, since the slot may come round again before a slow lane has looked
-        barrier_wait(&b.shared.empty[position.slot], position.parity ^ 1);
-        if (sent >= p.in_flight) {  // more at once would make the blocks drift apart, which costs DRAM locality
-          barrier_wait(&b.shared.full[landing.slot], landing.parity);
-          landing.advance(1, p.slots);
-        }
+      barrier_wait(&b.shared.empty[position.slot], position.parity ^ 1);
+      if (sent >= p.in_flight) {  // more at once would make the blocks drift apart, which costs DRAM locality
+        barrier_wait(&b.shared.full[landing.slot], landing.parity);
+        landing.advance(1, p.slots);
       }
-      __syncwarp();
+      __syncwarp();  // else the slot could come round again before a slow lane has looked
       const bool again = index >= p.held && index < p.held + p.streamed;
       send<T, kMasked>(b, tile, position.slot, warp, again || p.streamed == 0 ? keep_last : keep_first);
       position.advance(1, p.slots);
@@ -781,11 +798,8 @@ struct Summary {
 
   __device__ void publish(Partial<A>* partial, Barrier* summed) {
     const Sums<A> warp = warp_sum(sums);
-    __syncwarp();  // else a slow lane might still read a tile that other warps then let go
-    if (b.lane == 0) {
-      *partial = Partial<A>{pivot, warp};
-      barrier_arrive(summed);
-    }
+    if (b.lane == 0) *partial = Partial<A>{pivot, warp};
+    barrier_arrive(summed);  // all lanes, which have read tiles that other warps then let go
   }
 };
 
@@ -886,12 +900,7 @@ __device__ void hold(const Block& b, int warp, typename Accumulator<T>::type sam
 #pragma unroll
           for (int i = 0; i < kHeldVectors; ++i) {
             const unsigned v = b.lane + 32 * i;
-            if (v >= tile.count) continue;
-            const Place<T, kMasked> from(b, tile, v);
-            if (inside(b, from))
-              held[h][i] = load_vector(reinterpret_cast<const Vector<T>*>(static_cast<const T*>(b.a.call.x) + from.element));
-            else
-              held[h][i] = elementwise(b, from);
+            if (v < tile.count) held[h][i] = load(b, Place<T, kMasked>(b, tile, v), make_policy(Keep::kFirst));
           }
         }
       }
@@ -908,6 +917,7 @@ __device__ void hold(const Block& b, int warp, typename Accumulator<T>::type sam
 
 // The team's sums, from this block's: publish, wait until all have, gather, add in the order of the ranks. The count
 // orders nothing: each word itself says whether it has arrived, by −s2, whose sign bit is set even if s2 is 0.
+template <int kPerLane>
 __device__ Sums<double> exchange(const Block& b, int64_t channel, const Sums<double>& own) {
   const int lane = b.lane, team = b.a.plan.team;
   Word* const words = b.a.scratch + channel * (team + 1);
@@ -918,64 +928,65 @@ __device__ Sums<double> exchange(const Block& b, int64_t channel, const Sums<dou
     while (load_word(published).tag < team) nap();  // one word a block: all words, again and again, would take L2's time
   }
   __syncwarp();
-  Word word[kMaxTeamPerLane];
+  Word word[kPerLane];
 #pragma unroll
-  for (int i = 0; i < kMaxTeamPerLane; ++i) word[i] = Word{0, lane + 32 * i < team ? 0 : (unsigned long long)__double_as_longlong(-0.0)};
+  for (int i = 0; i < kPerLane; ++i) word[i] = Word{0, lane + 32 * i < team ? 0 : (unsigned long long)__double_as_longlong(-0.0)};
   for (bool missing = true; missing;) {
     missing = false;
 #pragma unroll
-    for (int i = 0; i < kMaxTeamPerLane; ++i)
+    for (int i = 0; i < kPerLane; ++i)
       if (word[i].tag == 0) word[i] = load_word(&words[lane + 32 * i]);
 #pragma unroll
-    for (int i = 0; i < kMaxTeamPerLane; ++i) missing = missing || word[i].tag == 0;
+    for (int i = 0; i < kPerLane; ++i) missing = missing || word[i].tag == 0;
   }
   __syncwarp();
   Sums<double> sums;
 #pragma unroll
-  for (int i = 0; i < kMaxTeamPerLane; ++i) sums.add(Sums<double>{word[i].value, -__longlong_as_double(word[i].tag)});
+  for (int i = 0; i < kPerLane; ++i) sums.add(Sums<double>{word[i].value, -__longlong_as_double(word[i].tag)});
   return warp_sum(sums);
 }
 
 // Mean and inv_std = 1 / √(var + eps) of a channel, and m2 = Σ (x − mean)².
 struct Moments {
   double mean, inv_std, m2;
-  __device__ Moments(const FusedBatchNormCall& call, double pivot, const Sums<double>& sums) {
-    const double per_element = 1 / (double(call.N) * double(call.HW)), offset = sums.s1 * per_element;
+  __device__ Moments(const Arguments& a, double pivot, const Sums<double>& sums) {
+    const double offset = sums.s1 * a.plan.per_element;
     mean = pivot + offset;
     m2 = sums.s2 - sums.s1 * offset;
     if (m2 < 0) m2 = 0;  // rounding, in a constant channel; NaN stays
-    inv_std = rsqrt(m2 * per_element + call.eps);
+    inv_std = rsqrt(m2 * a.plan.per_element + a.call.eps);
   }
 };
 
-// What of the parameters and buffers a channel needs; loaded before it is needed, since that takes long.
+// What of the parameters and buffers a channel needs, by one thread; loaded before it is needed, since that takes long.
 template <typename T, typename A = typename Accumulator<T>::type>
 struct Channel {
   const FusedBatchNormCall& call;
-  const int64_t c;
-  double gamma = 1, beta = 0, running_mean = 0, running_var = 0;
+  const int c;
+  A gamma = 1, beta = 0, running_mean = 0, running_var = 0;
 
-  __device__ Channel(const FusedBatchNormCall& call, int64_t c, bool running) : call(call), c(c) {
-    if (call.gamma) {
+  __device__ Channel(const FusedBatchNormCall& call, int c, bool needed, bool running) : call(call), c(c) {
+    if (needed && call.gamma) {
       gamma = load_parameter<T>(call.gamma, c, call.affine_float);
       beta = load_parameter<T>(call.beta, c, call.affine_float);
     }
-    if (running && call.running_mean) {
+    if (needed && running && call.running_mean) {
       running_mean = load_parameter<T>(call.running_mean, c, call.running_float);
       running_var = load_parameter<T>(call.running_var, c, call.running_float);
     }
   }
 
   __device__ Result<A> result(double mean, double inv_std) const {
-    return {A(mean), A(inv_std * gamma), A(beta - (mean - A(mean)) * inv_std * gamma)};
+    const double scale = inv_std * gamma;
+    return {A(mean), A(scale), A(beta - (mean - A(mean)) * scale)};
   }
 
   // By one thread: what backward needs, and the new running statistics.
-  __device__ void save(const Moments& moments, double factor) const {
+  __device__ void save(const Plan& p, const Moments& moments, double factor) const {
     static_cast<A*>(call.mean)[c] = A(moments.mean);
     static_cast<A*>(call.inv_std)[c] = A(moments.inv_std);
     if (call.running_mean) {
-      const double unbiased = moments.m2 / (double(call.N) * double(call.HW) - 1);
+      const double unbiased = moments.m2 * p.per_element_but_one;
       store_parameter<T>(call.running_mean, c, call.running_float, (1 - factor) * running_mean + factor * moments.mean);
       store_parameter<T>(call.running_var, c, call.running_float, (1 - factor) * running_var + factor * unbiased);
     }
@@ -991,21 +1002,18 @@ __device__ void finish(const Block& b, int warp, double factor) {
   RingPosition at;
   at.advance(warp, p.channel_slots);
   for (int64_t channel = b.first_channel + int64_t(warp) * p.teams; channel < call.C; channel += int64_t(p.exchangers) * p.teams) {
-    const Channel<T> parameters(call, channel, b.rank == 0);
+    const Channel<T> parameters(call, channel, b.lane == 0, b.rank == 0);
     barrier_wait(&b.shared.summed[at.slot], at.parity);
     const Partial<A>* const partial = partial_at<A>(b, at.slot, 0);
     const double pivot = partial->pivot;
     Sums<double> sums;
     if (b.lane < p.partials) sums.add(partial[b.lane].sums);
     sums = warp_sum(sums);
-    __syncwarp();  // else a slow lane might still read partials that the next channels overwrite
-    if (p.team > 1) sums = exchange(b, channel, sums);
-    const Moments moments(call, pivot, sums);
-    if (b.lane == 0) {
-      static_cast<Result<A>*>(b.shared.result)[at.slot] = parameters.result(moments.mean, moments.inv_std);
-      barrier_arrive(&b.shared.ready[at.slot]);
-      if (b.rank == 0) parameters.save(moments, factor);
-    }
+    if (p.team > 1) sums = exchange<kTeamPerLane>(b, channel, sums);
+    const Moments moments(b.a, pivot, sums);
+    if (b.lane == 0) static_cast<Result<A>*>(b.shared.result)[at.slot] = parameters.result(moments.mean, moments.inv_std);
+    barrier_arrive(&b.shared.ready[at.slot]);  // all lanes, which have read partials that later channels overwrite
+    if (b.lane == 0 && b.rank == 0) parameters.save(p, moments, factor);
     at.advance(p.exchangers, p.channel_slots);
   }
 }
@@ -1030,79 +1038,87 @@ __device__ void store(const Block& b, int warp) {
   }
 }
 
-// Resident and packed: no roles, no ring; each thread copies, sums and stores vectors of its own. Warps 0 … pack − 1 look
-// after one channel each where it is about sums, not vectors.
-template <typename T, bool kMasked, bool kPacked>
-__device__ void resident(const Block& b) {
+// Resident and packed: no roles, no ring; each thread loads, sums and stores vectors of its own. Warps 0 … pack − 1 look
+// after one channel each where it is about sums, not vectors. `wait_for_grid`: before a team of a cooperative launch exchanges.
+template <typename T, bool kMasked, bool kPacked, typename Gather>
+__device__ void resident(const Block& b, Gather wait_for_grid) {
   using A = typename Accumulator<T>::type;
-  constexpr int kSize = Vector<T>::kSize;
+  constexpr int kSize = Vector<T>::kSize, kHeld = resident_held(kSize, kPacked);
   const Plan& p = b.a.plan;
   const FusedBatchNormCall& call = b.a.call;
   const int warp = threadIdx.x / 32, channel = b.first_channel * p.pack + warp;
-  const bool looks_after = warp < p.pack && channel < call.C;
+  const bool looks_after = warp < p.pack && channel < call.C, leads = looks_after && b.lane == 0;
   if (p.cluster) cluster_arrive();  // waited for below: then the peers are there
 
   const A sample = load_sample<T>(b, !kPacked ? b.first_channel : looks_after ? channel : call.C);
+  const Channel<T> parameters(call, channel, leads, b.rank == 0 || !call.training);
+  // In step, the blocks of a multiprocessor would all load, then all store, and memory would rest in between.
+  if (const int turn = divide(b.first_channel, p.by_turn); turn < p.turns) rest(int64_t(turn) * p.turn_cycles);
 
-  // In shared memory, behind x: [pack][team] sums of the blocks, [pack] pivots and results, sums of the threads or warps.
+  // In shared memory, behind x: [pack][team] sums of a cluster's blocks, [pack] pivots and results, sums of the threads or warps.
   const Tile share(b, b.first_channel, 0);
-  Vector<T>* const x = tile_at<T>(b, 0);
-  auto* const team_sums = p.cooperative ? reinterpret_cast<Sums<double>*>(b.a.scratch) + int64_t(b.first_channel) * p.pack * p.team
-                                        : reinterpret_cast<Sums<double>*>(x + p.tile_vectors);
-  auto* const results = reinterpret_cast<Result<A>*>(reinterpret_cast<Sums<double>*>(x + p.tile_vectors) + kMaxPack * kMaxCluster);
+  Vector<T>* const kept = tile_at<T>(b, 0);
+  auto* const team_sums = reinterpret_cast<Sums<double>*>(kept + p.kept_vectors);
+  auto* const results = reinterpret_cast<Result<A>*>(team_sums + kMaxPack * kMaxCluster);
   auto* const pivots = reinterpret_cast<A*>(results + kMaxPack);
   auto* const partial = reinterpret_cast<Pick<Sums<A>>*>(pivots + kMaxPack);
 
   // A thread's vectors lie `threads` apart, so in packed planes all of them at the same place of the plane: the end of one
   // channel (`first` of the pack), from element `split` on the next one.
   const auto element_of = [&](unsigned thread) { return (thread - divide(thread, p.by_plane_vectors) * p.plane_vectors) * kSize; };
-  int first = 0, split = kSize;
-  if (kPacked) {
-    first = int(divide(element_of(threadIdx.x), p.by_channel));
-    split = min(int((first + 1) * call.HW - element_of(threadIdx.x)), kSize);
-  }
-  const int next = min(first + 1, p.pack - 1);
-  const auto pick = [&](const auto* values) { return Pick<std::decay_t<decltype(*values)>>{values[first], values[next], kPacked ? split : kSize}; };
+  const int first = kPacked ? divide(element_of(threadIdx.x), p.by_channel) : 0, next = min(first + 1, p.pack - 1);
+  const int split = kPacked ? min(int((first + 1) * call.HW - element_of(threadIdx.x)), kSize) : kSize;
+  const auto pick = [&](const auto* values) { return Pick<std::decay_t<decltype(*values)>>{values[first], values[next], split}; };
 
-  // Each thread sums one group of its vectors while the next is on its way.
-  const unsigned end = threadIdx.x < p.threads ? share.count : 0, group = kAtOnce * p.threads;
-  const Policy policy = make_policy(Keep::kFirst);
-  Sums<A> part[kSize];
-  Pick<A> pivot = {};
-#pragma unroll 1
-  for (unsigned begin = 0; begin < max(share.count, 1u) + group; begin += group) {
-#pragma unroll(kPacked ? 1 : kAtOnce)
-    for (int i = 0; i < kAtOnce; ++i) {
-      const unsigned v = begin + i * p.threads + threadIdx.x;
-      if (v < end) fetch<T, kMasked>(b, share, v, x, policy);
+  // Calls use(vector, place) for this thread's first kHeld vectors, in registers; for the others, in shared memory.
+  const unsigned end = threadIdx.x < p.threads ? share.count : 0, behind = kHeld * p.threads;
+  const Place<T, kMasked> own(b, share, threadIdx.x);
+  const auto place_of = [&](unsigned v, int i) {
+    if (!kPacked) return Place<T, kMasked>(b, share, v);
+    Place<T, kMasked> place = own;
+    place.element += i * p.step_elements;
+    return place;
+  };
+  Vector<T> held[kHeld];
+  const auto each_held = [&](auto use) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const unsigned v = threadIdx.x + i * p.threads;
+      if (v < end) use(held[i], place_of(v, i));
     }
-    copies_commit();
-    if (begin == 0) continue;
-    if (begin == group && call.training) {
-      pivot = same<T>(pivot_of(sample));
-      if (kPacked) {
-        if (looks_after && b.lane == 0) pivots[warp] = pivot.a;
-        __syncthreads();
-        pivot = pick(pivots);
-      }
-    }
-    copies_wait<1>();
-    if (call.training)
-      for_each_vector<kPacked ? 2 : kAtOnce>(x, begin - group + threadIdx.x, min(begin, end), p.threads,
-                               [&](unsigned v, const Vector<T>& x) { add_vector(part, x, Place<T, kMasked>(b, share, v), pivot); });
-  }
+  };
+  const auto each_kept = [&](auto use) {
+    int i = kHeld;
+#pragma unroll 2
+    for (unsigned v = threadIdx.x + behind; v < end; v += p.threads, ++i) use(kept[v - behind], place_of(v, i));
+  };
 
-  const Channel<T> parameters(call, looks_after ? channel : 0, looks_after && (b.rank == 0 || !call.training));
+  const Policy policy = make_policy(Keep::kLast);
+  each_held([&](Vector<T>& x, const auto& place) { x = load(b, place, policy); });
+  each_kept([&](Vector<T>& x, const auto& place) { fetch(b, place, &x, policy); });
+  if (p.cluster) cluster_wait();
   if (!call.training) {
-    if (looks_after && b.lane == 0) results[warp] = parameters.result(parameters.running_mean, rsqrt(parameters.running_var + call.eps));
+    if (leads) results[warp] = parameters.result(parameters.running_mean, rsqrt(parameters.running_var + call.eps));
+    copies_wait();
   } else {
+    Pick<A> pivot = same<T>(pivot_of(sample));
+    if (kPacked) {
+      if (leads) pivots[warp] = pivot.a;
+      __syncthreads();
+      pivot = pick(pivots);
+    }
+    Sums<A> part[kSize];
+    const auto add = [&](const Vector<T>& x, const auto& place) { add_vector(part, x, place, pivot); };
+    each_held(add);
+    copies_wait();
+    each_kept(add);
     if (kPacked) {
       partial[threadIdx.x] = {add_up(part, 0, split), add_up(part, split, kSize), 0};
     } else {
       const Sums<A> all = warp_sum(add_up(part));
       if (b.lane == 0) partial[warp].a = all;
     }
-    if (p.cluster) cluster_wait();
+    wait_for_grid();
     __syncthreads();
     Sums<double> sums;
     if (looks_after) {
@@ -1117,40 +1133,35 @@ __device__ void resident(const Block& b) {
       }
       sums = warp_sum(sums);
       if (p.cluster && b.lane < p.team) in_peer(team_sums, b.lane)[warp * p.team + b.rank] = sums;
-      if (p.cooperative && b.lane == 0) team_sums[warp * p.team + b.rank] = sums;
     }
     if (p.cluster) {
       cluster_arrive();
       cluster_wait();
-    } else if (p.cooperative) {
-      cooperative_groups::this_grid().sync();
     }
     if (looks_after) {
-      if (p.team > 1) {
-        sums = {};
-        for (int i = b.lane; i < p.team; i += 32) sums.add(team_sums[warp * p.team + i]);
-        sums = warp_sum(sums);
-      }
-      const Moments moments(call, kPacked ? pivots[warp] : pivot.a, sums);
-      if (b.lane == 0) {
+      if (!kPacked && p.cooperative) sums = exchange<kResidentTeamPerLane>(b, channel, sums);
+      if (p.cluster) sums = warp_sum(b.lane < p.team ? team_sums[warp * p.team + b.lane] : Sums<double>());
+      const Moments moments(b.a, kPacked ? pivots[warp] : pivot.a, sums);
+      if (leads) {
         results[warp] = parameters.result(moments.mean, moments.inv_std);
-        if (b.rank == 0) parameters.save(moments, call.momentum);
+        if (b.rank == 0) parameters.save(p, moments, call.momentum);
       }
     }
   }
-  if (call.training && call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) *call.num_batches_tracked += 1;
   __syncthreads();
+  if (call.training && call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) *call.num_batches_tracked += 1;
   if (end == 0) return;
   const Pick<Result<A>> result = pick(results);
-  for_each_vector<kPacked ? 2 : kAtOnce>(x, threadIdx.x, end, p.threads,
-                           [&](unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, kMasked>(b, share, v), result); });
+  const auto store = [&](const Vector<T>& x, const auto& place) { normalise(b, x, place, result); };
+  each_held(store);
+  each_kept(store);
 }
 
 // ---------------------------------------------------------------------------------------------
 // The kernel
 // ---------------------------------------------------------------------------------------------
 template <Structure kStructure>
-constexpr int kBlockThreads = kStructure <= kPacked ? kResidentThreads : kStructure == kRing ? kRingThreads : kHoldThreads;
+constexpr int kBlockThreads = kStructure == kResident ? kResidentThreads : kStructure == kPacked ? kPackedThreads : kStructure == kRing ? kRingThreads : kHoldThreads;
 
 template <typename T, bool kMasked, Structure kStructure>
 __global__ void __launch_bounds__(kBlockThreads<kStructure>, kStructure <= kPacked ? 2 : 1)
@@ -1159,17 +1170,16 @@ __global__ void __launch_bounds__(kBlockThreads<kStructure>, kStructure <= kPack
   const Plan& p = a.plan;
   const FusedBatchNormCall& call = a.call;
   const int warp = threadIdx.x / 32;
-  if constexpr (kStructure <= kPacked) return resident<T, kMasked, kStructure == kPacked>(b);
 
-  if (b.lane == 0) {  // one barrier after the other is faster than a warp's lanes at once
+  if (kStructure > kPacked && b.lane == 0) {  // one barrier after the other is faster than a warp's lanes at once
     const int warps = blockDim.x / 32;
     for (int s = warp; s < p.slots; s += warps) {
       barrier_init(&b.shared.full[s], p.bulk ? 1 : p.producers * 64);
-      barrier_init(&b.shared.empty[s], max(p.storers, 1));  // one warp, where warps hold tiles
+      barrier_init(&b.shared.empty[s], 32 * max(p.storers, 1));  // one warp, where warps hold tiles
     }
     for (int s = warp; s < p.channel_slots; s += warps) {
-      barrier_init(&b.shared.summed[s], p.partials);
-      barrier_init(&b.shared.ready[s], 1);
+      barrier_init(&b.shared.summed[s], 32 * p.partials);
+      barrier_init(&b.shared.ready[s], 32);
     }
     barrier_init_fence();
   }
@@ -1179,15 +1189,19 @@ __global__ void __launch_bounds__(kBlockThreads<kStructure>, kStructure <= kPack
     for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < p.scratch_words; i += int64_t(p.team) * p.teams * blockDim.x)
       store_word(&a.scratch[i], Word{0, 0});
   }
-  __syncthreads();  // else a warp may wait on a barrier that is not there yet
-
-  const auto sample = load_sample<T>(b, warp < p.producers ? call.C : b.first_channel);
-  Producer<T, kMasked> producer(b, warp);
   const auto grid = cooperative_groups::this_grid();
   unsigned arrival = 0;
   if (p.cooperative) arrival = grid.barrier_arrive();
+  const auto wait_for_grid = [&] {  // else words could be wiped that a block has published, or the counter read late
+    if (p.cooperative) grid.barrier_wait(std::move(arrival));
+  };
+  if constexpr (kStructure <= kPacked) return resident<T, kMasked, kStructure == kPacked>(b, wait_for_grid);
+
+  __syncthreads();  // else a warp may wait on a barrier that is not there yet
+  const auto sample = load_sample<T>(b, warp < p.producers ? call.C : b.first_channel);
+  Producer<T, kMasked> producer(b, warp);
   if (warp < p.producers) producer.run(p.in_flight);  // the first tiles travel while the grid gathers
-  if (p.cooperative) grid.barrier_wait(std::move(arrival));  // else words could be wiped that a block has published, or the counter read late
+  wait_for_grid();
   if (call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) *call.num_batches_tracked += 1;
 
   int role = warp;
@@ -1222,6 +1236,8 @@ constexpr int64_t kFlightBytes = 48 * 1024;    // on their way to one block
 constexpr int64_t kRoundBytes = 4 * 1024;      // what a channel costs beside its bytes
 constexpr int64_t kWaitBytes = 48 * 1024;      // what an exchange costs that no other work hides
 constexpr int64_t kEvalBytes = 28 * 1024;      // of a block in eval mode, where no block waits for another
+constexpr int64_t kBytesPerCycle = 20;         // that memory has for a multiprocessor in a clock cycle
+constexpr int64_t kClusterBytes = 72 * 1024;   // of a block in a cluster, at most: three of them fit on a multiprocessor
 
 Divisor divisor(int64_t d) {
   Divisor by = {};
@@ -1232,7 +1248,10 @@ Divisor divisor(int64_t d) {
 
 // `size`: elements of a vector; `masked`: planes do not start and end at vectors; `held_tiles`: that a warp can hold.
 Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, bool masked, int held_tiles) {
-  Plan p = {};
+  Plan bare = {};
+  bare.per_element = 1 / (double(call.N) * double(call.HW));
+  bare.per_element_but_one = 1 / (double(call.N) * double(call.HW) - 1);
+  Plan p = bare;
   const auto set_planes = [&](int pack, bool covered) {
     p.pack = pack;
     p.packs = call.C / pack;
@@ -1249,7 +1268,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
     p.step_elements = int64_t(p.step_vectors / p.plane_vectors) * p.packs * p.plane;
   };
 
-  // Resident or packed, if that fits with `team` blocks a channel, two blocks to a multiprocessor.
+  // Resident or packed, if that fits with `team` blocks a channel, two blocks to a multiprocessor or more.
   const int64_t half_bytes = (device.shared_bytes - device.reserved_bytes) / 2;
   const auto resident = [&](int64_t team, bool cooperative) {
     p.structure = p.pack > 1 ? kPacked : kResident;
@@ -1258,55 +1277,68 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
     p.by_team = divisor(team);
     p.cluster = call.training && team > 1 && !cooperative;
     p.cooperative = cooperative;
-    p.scratch_words = cooperative ? call.C * team : 0;
+    p.scratch_words = cooperative ? call.C * (team + 1) : 0;
     p.slots = p.tiles = 1;
     if (p.pack > 1) {  // whole planes, so that a thread's vectors are all at the same place of theirs
       set_tiles(ceil_div(call.N, team) * p.plane_vectors);
-      p.threads = unsigned(std::max(ceil_div(ceil_div(p.tile_vectors, kResidentVectors), p.plane_vectors), ceil_div(32 * p.pack, p.plane_vectors)) * p.plane_vectors);
+      const int64_t planes = std::max(std::min<int64_t>(ceil_div(ceil_div(p.tile_vectors, kResidentVectors), p.plane_vectors), kPackedThreads / p.plane_vectors),
+                                      ceil_div(32 * p.pack, p.plane_vectors));
+      p.threads = unsigned(planes * p.plane_vectors);
+      p.step_elements = planes * p.packs * p.plane;
     } else {
       set_tiles(ceil_div(ceil_div(std::max(p.channel_vectors, 1u), team), 8) * 8);  // whole 128-byte lines
-      p.threads = unsigned(ceil_div(p.tile_vectors, 32 * kResidentVectors) * 32);
+      p.threads = unsigned(std::min<int64_t>(ceil_div(p.tile_vectors, 32 * kResidentVectors) * 32, kResidentThreads));
     }
     p.statistics = int(ceil_div(p.threads, 32));
+    p.kept_vectors = unsigned(std::max<int64_t>(int64_t(p.tile_vectors) - int64_t(resident_held(size, p.pack > 1)) * p.threads, 0));
     const int64_t sums = p.pack > 1 ? 32 * p.statistics * sizeof(Pick<Sums<float>>) : 0;
-    const int64_t bytes = int64_t(p.tile_vectors) * kVectorBytes + kResidentOverheadBytes + sums;
+    const int64_t bytes = int64_t(p.kept_vectors) * kVectorBytes + kResidentOverheadBytes + sums;
     p.shared_bytes = int(bytes);
-    return p.threads <= kResidentThreads && bytes <= half_bytes;
+    // A turn: a block for each multiprocessor. The next one starts when memory has had the time to read what this one waits for.
+    // Not where clusters are all there at once: then the last ones would only come later.
+    const int turn = int(std::max<int64_t>(device.multiprocessors / team, 1));
+    p.by_turn = divisor(turn);
+    p.turns = int(std::min<int64_t>({device.shared_bytes / (bytes + device.reserved_bytes), 2 * kResidentThreads / (32 * p.statistics), 32}));
+    if (!call.training || cooperative || (team > 1 && p.teams <= p.turns * turn)) p.turns = 0;
+    p.turn_cycles = int(int64_t(p.tile_vectors) * kVectorBytes / kBytesPerCycle);
+    return p.threads <= unsigned(p.pack > 1 ? kPackedThreads : kResidentThreads) && bytes <= half_bytes;
   };
-  const auto find_resident = [&](int most_cluster) {
+  const int most_cluster = device.architecture >= 90 ? kMaxCluster : 1;
+  const auto find_resident = [&] {
     const int64_t bytes = int64_t(p.channel_vectors) * kVectorBytes;
     if (!call.training)  // no block waits for another
       return resident(std::max<int64_t>(ceil_div(bytes, std::min(kEvalBytes, half_bytes - 2 * kResidentOverheadBytes)), 1), false);
     if (call.cumulative && call.num_batches_tracked) return false;  // all must read the counter before it counts
-    const int64_t slots = 2 * device.multiprocessors;
+    const int64_t slots = 2 * device.multiprocessors, packs = std::max<int64_t>(p.packs, 1);
     // One block a channel, where channels are small or enough to fill half of the device.
     if ((bytes <= 4 * kRoundBytes || 4 * p.packs >= slots) && resident(1, false)) return true;
-    // All channels at once, by blocks that are all there at once.
-    const int64_t team = std::min(slots / std::max<int64_t>(p.packs, 1), bytes / kRoundBytes);
-    if (team > 1 && resident(team, true)) return true;
+    // All channels at once, by blocks that are all there at once, where clusters would be too few: the fewer the sooner together.
+    if (p.pack == 1 && (packs * most_cluster < device.multiprocessors || most_cluster == 1))
+      for (const int64_t blocks : {slots / 2, slots})
+        if (const int64_t team = std::min(blocks / packs, bytes / kRoundBytes); team > 1 && team <= 32 * kResidentTeamPerLane && resident(team, true)) return true;
     // Blocks of a cluster, which are there at once too.
+    const int64_t most_bytes = p.pack > 1 ? half_bytes : kClusterBytes;
     for (int cluster = 2; cluster <= most_cluster && cluster <= slots; cluster *= 2)
-      if (resident(cluster, false)) return true;
+      if (bytes <= cluster * most_bytes && (cluster == most_cluster || 4 * packs * cluster >= 3 * slots) && resident(cluster, false)) return true;
     return false;
   };
-  const bool clusters = device.architecture >= 90;
   const int pack = int(size / std::gcd<int64_t>(call.HW, size));
   const bool aligned = reinterpret_cast<uintptr_t>(call.x) % kVectorBytes == 0;
-  if (pack > 1 && size > 2 && aligned && call.C > 0 && call.C % pack == 0 && call.HW >= size - 1 && call.HW * pack / size <= kResidentThreads) {
+  if (pack > 1 && size > 2 && aligned && call.C > 0 && call.C % pack == 0 && call.HW >= size - 1 && call.HW * pack / size <= kPackedThreads) {
     set_planes(pack, false);
-    if (find_resident(clusters ? kMaxCluster : 1)) return p;
+    if (find_resident()) return p;
   }
   set_planes(1, masked);
-  if (find_resident(clusters ? 2 : 1)) return p;  // larger ones go through the ring faster
+  if (find_resident()) return p;
 
-  p = {};
+  p = bare;
   set_planes(1, masked);
   p.structure = kRing;
   const int64_t ring_bytes = device.shared_bytes - kOverheadBytes;
 
   // The team: as many blocks as bring the channels through soonest, by what one block moves and waits for.
   int64_t best = INT64_MAX;
-  const int most_team = int(std::min<int64_t>({device.multiprocessors, 32 * kMaxTeamPerLane, std::max(p.channel_vectors, 1u)}));
+  const int most_team = int(std::min<int64_t>({device.multiprocessors, 32 * kTeamPerLane, std::max(p.channel_vectors, 1u)}));
   for (int team = 1; team <= most_team; ++team) {
     const int64_t share = ceil_div(p.channel_vectors, team) * kVectorBytes;
     const int64_t rounds = ceil_div(call.C, device.multiprocessors / team);
@@ -1382,7 +1414,7 @@ template <typename T, bool kMasked>
 auto kernel_for(int structure) {
   if (structure == kRing) return fused_batch_norm_forward_kernel<T, kMasked, kRing>;
   if (structure == kHold) return fused_batch_norm_forward_kernel<T, kMasked, kHold>;
-  if constexpr (!kMasked && Vector<T>::kSize > 2) {
+  if constexpr (!kMasked) {
     if (structure == kPacked) return fused_batch_norm_forward_kernel<T, false, kPacked>;
   }
   return fused_batch_norm_forward_kernel<T, kMasked, kResident>;
@@ -1394,7 +1426,7 @@ const char* with_kernel(const FusedBatchNormCall& call, Use use) {
   Device device;
   cudaFuncAttributes attributes;
   int ordinal;
-  const auto any = fused_batch_norm_forward_kernel<T, false, kResident>;
+  const auto any = fused_batch_norm_forward_kernel<T, true, kResident>;
   cudaError_t error = cudaGetDevice(&ordinal);
   if (!error) error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
   if (!error) error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
@@ -1403,9 +1435,13 @@ const char* with_kernel(const FusedBatchNormCall& call, Use use) {
   if (error) return cudaGetErrorString(error);
   device.architecture = attributes.ptxVersion;
   const int size = Vector<T>::kSize;
-  const bool masked = call.HW % size != 0 || reinterpret_cast<uintptr_t>(call.x) % kVectorBytes != 0;
+  constexpr bool kAlwaysMasked = sizeof(T) == 8;  // right for whole vectors too; each kernel less is 0.3 s of compilation
+  const bool masked = kAlwaysMasked || call.HW % size != 0 || reinterpret_cast<uintptr_t>(call.x) % kVectorBytes != 0;
   const Plan plan = make_plan(call, device, size, masked, masked ? kHeldTiles<T, true> : kHeldTiles<T, false>);
-  return use(masked && plan.structure != kPacked ? kernel_for<T, true>(plan.structure) : kernel_for<T, false>(plan.structure), plan);
+  if constexpr (!kAlwaysMasked) {
+    if (!masked || plan.structure == kPacked) return use(kernel_for<T, false>(plan.structure), plan);
+  }
+  return use(kernel_for<T, true>(plan.structure), plan);
 }
 
 template <typename Use>

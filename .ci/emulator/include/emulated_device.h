@@ -14,8 +14,7 @@ __forceinline__ void copy_bulk(void* shared, const void* global, unsigned bytes,
 }
 __forceinline__ void copy_16(void* shared, const void* global, Policy) { emulator::copy_16(shared, global); }
 __forceinline__ void copies_arrive(Barrier* b) { emulator::copies_arrive(b); }
-__forceinline__ void copies_commit() { emulator::copies_commit(); }
-template <int kPending> __forceinline__ void copies_wait() { emulator::copies_wait(kPending); }
+__forceinline__ void copies_wait() { emulator::copies_wait(); }
 __forceinline__ void cluster_arrive() { emulator::cluster_arrive(); }
 __forceinline__ void cluster_wait() { emulator::cluster_wait(); }
 template <typename V> __forceinline__ V* in_peer(V* shared, int rank) {
@@ -29,7 +28,8 @@ __forceinline__ Word load_word(const Word* address) {
 __forceinline__ void store_word(Word* address, Word word) { emulator::store_atomic(address, &word, sizeof word); }
 __forceinline__ void add_tag(Word* address) { emulator::add_atomic(&address->tag, 1); }
 __forceinline__ void nap() { emulator::nap(); }
-template <typename V> __forceinline__ V load_vector(const V* address) { return *address; }
+__forceinline__ void rest(int64_t) { emulator::nap(); }
+template <typename V> __forceinline__ V load_vector(const V* address, Policy) { return *address; }
 template <typename V> __forceinline__ void store_vector(V* address, V v, bool) {
   static_assert(sizeof(V) == 16);
   emulator::store_aligned(address, &v, sizeof v);

@@ -42,9 +42,8 @@ void barrier_wait(uint64_t* barrier, unsigned parity);
 void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier);
 void copy_16(void* shared, const void* global);
 void copies_arrive(uint64_t* barrier);
-// ... or that their thread waits for, in groups.
-void copies_commit();
-void copies_wait(unsigned pending);
+// ... or that their thread waits for.
+void copies_wait();
 
 // Relaxed 16-byte accesses: atomic, so no data race among themselves, but they order nothing else.
 void load_atomic(void* value, const void* address, size_t bytes);

@@ -147,7 +147,6 @@ void copies_arrive(uint64_t* barrier) {
   const void* place = __builtin_return_address(0);
   if (machine.device.capability < 80) return arrive_now(barrier, 0, place);
   preempt();
-  if (!current->groups.empty()) fail("limit", "copies_arrive behind copies_commit", place);
   Block& block = *current->block;
   Mbarrier& b = find(barrier, place);
   const Epoch mark = copy_epoch(block, b, place);
@@ -156,25 +155,15 @@ void copies_arrive(uint64_t* barrier) {
   current->untracked.clear();
 }
 
-void copies_commit() {
-  if (machine.device.capability < 80) return;
-  current->groups.push_back(std::move(current->untracked));
-  current->untracked.clear();
-}
-
 // The thread has seen what it waited for, as if it had just written it itself.
-void copies_wait(unsigned pending) {
+void copies_wait() {
   if (machine.device.capability < 80) return;
   preempt();
-  auto& groups = current->groups;
-  const size_t landing = groups.size() - std::min<size_t>(groups.size(), pending);
-  for (size_t i = 0; i < landing; ++i) {
-    for (const Fibre::Piece& piece : groups[i]) {
-      memcpy(piece.to, piece.from, piece.bytes);
-      track(piece.to, piece.bytes, now(*current, false));
-    }
+  for (const Fibre::Piece& piece : current->untracked) {
+    memcpy(piece.to, piece.from, piece.bytes);
+    track(piece.to, piece.bytes, now(*current, false));
   }
-  groups.erase(groups.begin(), groups.begin() + landing);
+  current->untracked.clear();
 }
 
 void land(size_t which) {

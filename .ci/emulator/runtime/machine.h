@@ -67,8 +67,7 @@ struct Fibre {
   uint64_t result = 0;          // what a shuffle brought
   Clock clock;
   struct Piece { unsigned char* to; const unsigned char* from; unsigned bytes; };
-  std::vector<Piece> untracked; // its copy_16s since the last copies_arrive or copies_commit
-  std::vector<std::vector<Piece>> groups;  // committed and not yet waited for, oldest first
+  std::vector<Piece> untracked; // its copy_16s since the last copies_arrive or copies_wait
   unsigned arrivals[kLevels] = {};         // at barriers of its Groups
   bool arrived[kLevels] = {};              // ... and has not waited since
 };

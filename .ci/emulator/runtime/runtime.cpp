@@ -109,13 +109,13 @@ static std::vector<Ready> ready;
 static std::vector<Fibre*> napping;
 static uint64_t sequence;
 constexpr uint64_t kStarved = 1ull << 62;
-static struct { int block, warp; } victim;     // kStarve: this warp of this block; -1: every
+static struct { int block, warp, lane; } victim;  // kStarve: this lane of this warp of this block; negative: every
 static uint64_t shuffle_window;                // kRandom: how far a fibre may fall behind its turn
 static bool copies_hurry;                      // some launches: copies may also land before they must
 
 static bool is_victim(const Fibre& fibre) {
   return policy == kStarve && (victim.block < 0 || int(fibre.block->index) == victim.block) &&
-         (victim.warp < 0 || int(fibre.thread / 32) == victim.warp);
+         (victim.warp < 0 || int(fibre.thread / 32) == victim.warp) && (victim.lane < 0 || int(fibre.thread % 32) == victim.lane);
 }
 
 static uint64_t key_of(const Fibre& fibre) {
@@ -497,9 +497,7 @@ static void fibre_main() {
   body(body_arguments);
   Fibre& fibre = *current;
   Block& block = *fibre.block;
-  bool copying = !fibre.untracked.empty();
-  for (const auto& group : fibre.groups) copying |= !group.empty();
-  if (copying) fail("barrier", name_of(fibre) + " returns with copies that no mbarrier tracks and no wait has awaited", nullptr);
+  if (!fibre.untracked.empty()) fail("barrier", name_of(fibre) + " returns with copies that no mbarrier tracks and no wait has awaited", nullptr);
   if (block.at_barrier) fail("barrier", name_of(fibre) + " returns while other threads wait at __syncthreads", nullptr);
   for (int level = 0; level < kLevels; ++level) {
     Group& group = *block.groups[level];
@@ -617,7 +615,7 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
   Random& random = machine.random;
   copies_hurry = random.below(2);
   shuffle_window = random.below(2) ? 64 : 1 << 20;
-  victim = {int(random.below(launch.blocks())), int(random.below((launch.threads + 31) / 32))};
+  victim = {int(random.below(launch.blocks())), int(random.below((launch.threads + 31) / 32)), int(random.below(64)) - 32};
   if (const uint64_t which = random.below(3); which < 2) (which ? victim.block : victim.warp) = -1;
   cluster_order.resize(launch.blocks() / launch.cluster);
   for (unsigned i = 0; i < cluster_order.size(); ++i) cluster_order[i] = i;
