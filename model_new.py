@@ -1149,7 +1149,6 @@ __device__ void resident(const Block& b, Gather wait_for_grid) {
     }
   }
   __syncthreads();
-  if (call.training && call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) *call.num_batches_tracked += 1;
   if (end == 0) return;
   const Pick<Result<A>> result = pick(results);
   const auto store = [&](const Vector<T>& x, const auto& place) { normalise(b, x, place, result); };
@@ -1192,8 +1191,9 @@ __global__ void __launch_bounds__(kBlockThreads<kStructure>, kStructure <= kPack
   const auto grid = cooperative_groups::this_grid();
   unsigned arrival = 0;
   if (p.cooperative) arrival = grid.barrier_arrive();
-  const auto wait_for_grid = [&] {  // else words could be wiped that a block has published, or the counter read late
-    if (p.cooperative) grid.barrier_wait(std::move(arrival));
+  const auto wait_for_grid = [&] {  // in training, before any exchange
+    if (p.cooperative) grid.barrier_wait(std::move(arrival));  // else words could be wiped that a block has published, or the counter read late
+    if (call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) *call.num_batches_tracked += 1;
   };
   if constexpr (kStructure <= kPacked) return resident<T, kMasked, kStructure == kPacked>(b, wait_for_grid);
 
@@ -1202,7 +1202,6 @@ __global__ void __launch_bounds__(kBlockThreads<kStructure>, kStructure <= kPack
   Producer<T, kMasked> producer(b, warp);
   if (warp < p.producers) producer.run(p.in_flight);  // the first tiles travel while the grid gathers
   wait_for_grid();
-  if (call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) *call.num_batches_tracked += 1;
 
   int role = warp;
   if (role < p.producers) {

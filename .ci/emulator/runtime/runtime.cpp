@@ -615,8 +615,13 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
   Random& random = machine.random;
   copies_hurry = random.below(2);
   shuffle_window = random.below(2) ? 64 : 1 << 20;
-  victim = {int(random.below(launch.blocks())), int(random.below((launch.threads + 31) / 32)), int(random.below(64)) - 32};
-  if (const uint64_t which = random.below(3); which < 2) (which ? victim.block : victim.warp) = -1;
+  victim = {int(random.below(launch.blocks())), int(random.below((launch.threads + 31) / 32)), -1};
+  switch (random.below(5)) {
+    case 0: victim.block = -1; break;
+    case 1: victim.warp = -1; break;
+    case 2: victim.lane = int(random.below(32)); break;
+    case 3: victim.lane = int(random.below(32)), victim.warp = 0;  // the warp with most to do alone
+  }
   cluster_order.resize(launch.blocks() / launch.cluster);
   for (unsigned i = 0; i < cluster_order.size(); ++i) cluster_order[i] = i;
   if (policy != kRoundRobin)
