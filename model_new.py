@@ -1679,7 +1679,7 @@ def _build_fused_batch_norm():
         cpp_sources=[FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CPP],
         cuda_sources=[FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CUDA],
         extra_cflags=["-O1"],  # it only checks and launches
-        extra_cuda_cflags=["-O3", "-split-compile=0", *architectures],
+        extra_cuda_cflags=["-O3", "-split-compile=0", "-Xcompiler=-O1", *architectures],
         no_implicit_headers=True,
     )
     return module, None
