@@ -426,9 +426,9 @@ struct Plan {
   int partials;          // ... and the sums of warps that each has room for
   unsigned threads;      // of a resident block, that take vectors
   unsigned kept_vectors; // of its tile, in shared memory
-  Divisor by_turn;       // teams that start at once;
-  int turns;             // how many turns of such teams are there at first,
-  int turn_cycles;       // and what each starts later than the one before
+  Divisor by_turn;       // teams that start at once: a turn
+  int turns;             // of such teams that are there at first; 0 if none waits
+  int turn_cycles;       // by which one starts later than the one before
   int in_flight;         // tiles that the producer lets be on their way
   int64_t scratch_words;
   int shared_bytes;
@@ -1483,9 +1483,9 @@ extern "C" const char* fused_batch_norm_describe(const FusedBatchNormCall* call,
   return with_type(*call, [&](auto, const Plan& p) -> const char* {
     snprintf(text, text_bytes,
              "structure=%d pack=%d bulk=%d team=%d teams=%d cooperative=%d producers=%d exchangers=%d storers=%d statistics=%d "
-             "tile_bytes=%d tiles=%d held=%d streamed=%d slots=%d in_flight=%d shared_bytes=%d scratch_bytes=%lld",
+             "threads=%u turns=%d turn_cycles=%d tile_bytes=%d tiles=%d held=%d streamed=%d slots=%d in_flight=%d shared_bytes=%d scratch_bytes=%lld",
              p.structure, p.pack, p.bulk, p.team, p.teams, p.cooperative, p.producers, p.exchangers, p.storers, p.statistics,
-             int(p.tile_vectors) * kVectorBytes, p.tiles, p.held, p.streamed, p.slots, p.in_flight, p.shared_bytes,
+             p.threads, p.turns, p.turn_cycles, int(p.tile_vectors) * kVectorBytes, p.tiles, p.held, p.streamed, p.slots, p.in_flight, p.shared_bytes,
              (long long)(p.scratch_words * sizeof(Word)));
     return nullptr;
   });

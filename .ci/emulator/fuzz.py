@@ -14,6 +14,7 @@ STRUCTURES = ("resident", "packed", "ring", "hold")
 BRANCHES = (
     *(f"{structure}, training, {team}" for structure in STRUCTURES[:2] for team in ("one block", "cluster")),
     "resident, training, cooperative",
+    *(f"{structure}, turns {size}" for structure in STRUCTURES[:2] for size in ("0", "more")),
     *(f"{structure}, eval, {team}" for structure in STRUCTURES[:2] for team in ("one block", "several blocks")),
     *(f"{structure}, {field} {size}" for structure in STRUCTURES[2:] for field in ("bulk", "cooperative") for size in "01"),
     *(f"{structure}, {field} {size}" for structure in STRUCTURES[2:] for field in ("team", "teams", "rounds") for size in ("1", "more")),
@@ -216,6 +217,7 @@ def branches(namespace, case):
     if structure in ("resident", "packed"):
         team = "one block" if plan["team"] == 1 else "cooperative" if plan["cooperative"] else "cluster" if training else "several blocks"
         taken.add(f"{structure}, {'training' if training else 'eval'}, {team}")
+        taken.add(f"{structure}, turns {'more' if plan['turns'] else 0}")
     else:
         taken |= {f"{structure}, {field} {size(field)}" for field in ("bulk", "cooperative", "team", "teams", "rounds")}
         taken.add(f"ring, tiles {size('tiles')}" if structure == "ring" else f"hold, streamed {size('streamed')}")
