@@ -15,7 +15,7 @@ import sys
 import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
-CASES = 400  # random cases per mutant, at most
+CASES = 1000  # random cases per mutant, at most
 LIMIT_S = 60  # of the build and of each case, after which the mutant counts as one that hangs
 
 _FIRST_LINE = "#include <cooperative_groups.h>\n"  # of the CUDA text
@@ -142,6 +142,7 @@ MUTANTS = [
     ("a slow lane still reads a tile that is let go", "int slot) { barrier_arrive", "int slot) { if (b.lane == 0) barrier_arrive", "32 * max(p.storers, 1)", "max(p.storers, 1)"),
     ("a slow lane still sums a tile that is let go", "    barrier_arrive(summed);", "    if (b.lane == 0) barrier_arrive(summed);", "32 * p.partials", "p.partials"),
     ("a slow lane still reads partial sums", "    barrier_arrive(&b.shared.ready[at.slot]);", "    if (b.lane == 0) barrier_arrive(&b.shared.ready[at.slot]);", "ready[s], 32)", "ready[s], 1)"),
+    ("a slow lane of the producer misses a phase", "__syncwarp();  // else the slot could", "// else the slot could"),
     ("the producer does not wait for an empty slot", "barrier_wait(&b.shared.empty[position.slot], position.parity ^ 1);", ""),
     ("the producer waits for the wrong phase", "position.parity ^ 1);", "position.parity);"),
     ("the store warps do not wait for the result", "barrier_wait(&b.shared.ready[at.slot], at.parity);", ""),
