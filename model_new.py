@@ -423,7 +423,6 @@ struct Plan {
   int streamed;          // ... let go after the sums and read again; the rest stays in the ring
   int slots;             // tiles that the ring has room for: a multiple of the warps where each has tiles of its own
   int channel_slots;     // channels that can be under way in a block
-  int partials;          // ... and the sums of warps that each has room for
   unsigned threads;      // of a resident block, that take vectors
   unsigned kept_vectors; // of its tile, in shared memory
   Divisor by_turn;       // teams that start at once: a turn
@@ -468,7 +467,7 @@ struct Shared {
   unsigned char* ring;   // [slots][tile_vectors] vectors
   Barrier *full, *empty; // [slots]: tile has landed; tile may be overwritten
   Barrier *summed, *ready;  // [channel_slots]: partials are there; result is there
-  void* partial;         // [channel_slots][partials] Partial
+  void* partial;         // [channel_slots][statistics] Partial
   void* result;          // [channel_slots] Result
 
   __device__ Shared(unsigned char* base, const Plan& p) {
@@ -478,7 +477,7 @@ struct Shared {
     summed = empty + p.slots;
     ready = summed + p.channel_slots;
     partial = ready + p.channel_slots;
-    result = static_cast<Partial<double>*>(partial) + p.channel_slots * p.partials;
+    result = static_cast<Partial<double>*>(partial) + p.channel_slots * p.statistics;
   }
 };
 
@@ -583,7 +582,8 @@ struct Place {
   __device__ int count() const { return max(end - begin, 0); }
 };
 
-// What of one vector of x belongs to the plane, element by element.
+// What of one vector of x belongs to the plane, element by element. Rolled: few vectors reach past the end of x, and unrolled
+// in each place that loads, it would take a sixth of the compilation.
 template <typename T, bool kMasked>
 __device__ Vector<T> elementwise(const Block& b, const Place<T, kMasked>& place) {
   Vector<T> x;
@@ -805,7 +805,7 @@ struct Summary {
 
 template <typename A>
 __device__ Partial<A>* partial_at(const Block& b, int channel_slot, int index) {
-  return static_cast<Partial<A>*>(b.shared.partial) + channel_slot * b.a.plan.partials + index;
+  return static_cast<Partial<A>*>(b.shared.partial) + channel_slot * b.a.plan.statistics + index;
 }
 
 template <typename A>
@@ -1007,7 +1007,7 @@ __device__ void finish(const Block& b, int warp, double factor) {
     const Partial<A>* const partial = partial_at<A>(b, at.slot, 0);
     const double pivot = partial->pivot;
     Sums<double> sums;
-    if (b.lane < p.partials) sums.add(partial[b.lane].sums);
+    if (b.lane < p.statistics) sums.add(partial[b.lane].sums);
     sums = warp_sum(sums);
     if (p.team > 1) sums = exchange<kTeamPerLane>(b, channel, sums);
     const Moments moments(b.a, pivot, sums);
@@ -1040,8 +1040,8 @@ __device__ void store(const Block& b, int warp) {
 
 // Resident and packed: no roles, no ring; each thread loads, sums and stores vectors of its own. Warps 0 … pack − 1 look
 // after one channel each where it is about sums, not vectors. `wait_for_grid`: before a team of a cooperative launch exchanges.
-template <typename T, bool kMasked, bool kPacked, typename Gather>
-__device__ void resident(const Block& b, Gather wait_for_grid) {
+template <typename T, bool kMasked, bool kPacked, typename Wait>
+__device__ void resident(const Block& b, Wait wait_for_grid) {
   using A = typename Accumulator<T>::type;
   constexpr int kSize = Vector<T>::kSize, kHeld = resident_held(kSize, kPacked);
   const Plan& p = b.a.plan;
@@ -1177,7 +1177,7 @@ __global__ void __launch_bounds__(kBlockThreads<kStructure>, kStructure <= kPack
       barrier_init(&b.shared.empty[s], 32 * max(p.storers, 1));  // one warp, where warps hold tiles
     }
     for (int s = warp; s < p.channel_slots; s += warps) {
-      barrier_init(&b.shared.summed[s], 32 * p.partials);
+      barrier_init(&b.shared.summed[s], 32 * p.statistics);
       barrier_init(&b.shared.ready[s], 32);
     }
     barrier_init_fence();
@@ -1332,7 +1332,6 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
 
   p = bare;
   set_planes(1, masked);
-  p.structure = kRing;
   const int64_t ring_bytes = device.shared_bytes - kOverheadBytes;
 
   // The team: as many blocks as bring the channels through soonest, by what one block moves and waits for.
@@ -1392,7 +1391,6 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
     return p.tiles + 4 <= p.slots;
   };
   if (!lay_out(false)) lay_out(true);
-  p.partials = p.statistics;
   const int64_t tile_bytes = int64_t(p.tile_vectors) * kVectorBytes;
   p.in_flight = int(std::max<int64_t>(std::min<int64_t>(kFlightBytes / tile_bytes, p.slots - 1), 1));
   set_tiles(p.tile_vectors);

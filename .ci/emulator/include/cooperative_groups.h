@@ -1,11 +1,10 @@
-// Stand-in for cooperative groups: the barrier of the whole grid, whole or in two halves.
+// Stand-in for cooperative groups: the barrier of the whole grid, in two halves.
 #pragma once
 #include "cuda_runtime.h"
 
 namespace cooperative_groups {
 struct grid_group {
   using arrival_token = unsigned;
-  __forceinline__ void sync() const { emulator::sync_grid(); }
   __forceinline__ arrival_token barrier_arrive() const { return emulator::grid_arrive(), 0; }
   __forceinline__ void barrier_wait(arrival_token&&) const { emulator::grid_wait(); }
 };

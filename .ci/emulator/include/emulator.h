@@ -19,9 +19,8 @@ namespace emulator {
 __attribute__((const)) unsigned char* shared_memory();  // the block's dynamic shared memory
 __attribute__((const)) unsigned lane();
 
-// Barriers of the block, the grid, the cluster (in two steps) and of the lanes in `mask`; all order memory.
+// Barriers of the block, of the grid and the cluster (in two steps), and of the lanes in `mask`; all order memory.
 void sync_block();
-void sync_grid();
 void grid_arrive();
 void grid_wait();
 void cluster_arrive();

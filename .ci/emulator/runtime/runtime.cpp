@@ -365,21 +365,11 @@ static void wait(Level level, const char* name, const void* place) {
   acquire(group.published[group.passed & 1][fibre.block->index - group.first]);
 }
 
-static void arrive_at_grid(const void* place) {
-  if (!machine.launch.cooperative) fail("barrier", "a barrier of the grid in a launch that is not cooperative", place);
-  arrive(kGrid, place);
-}
-
-void sync_grid() {
-  const void* place = __builtin_return_address(0);
-  arrive_at_grid(place);
-  wait(kGrid, "grid.sync", place);
-}
-
 void grid_arrive() {
   const void* place = __builtin_return_address(0);
+  if (!machine.launch.cooperative) fail("barrier", "a barrier of the grid in a launch that is not cooperative", place);
   preempt();
-  arrive_at_grid(place);
+  arrive(kGrid, place);
 }
 
 void grid_wait() { wait(kGrid, "grid.barrier_wait", __builtin_return_address(0)); }
