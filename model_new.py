@@ -897,10 +897,11 @@ __device__ void hold(const Block& b, int warp, typename Accumulator<T>::type sam
         }
         if (next < end) {
           const Tile tile(b, channel, next);
+          const Policy policy = make_policy(Keep::kFirst);
 #pragma unroll
           for (int i = 0; i < kHeldVectors; ++i) {
             const unsigned v = b.lane + 32 * i;
-            if (v < tile.count) held[h][i] = load(b, Place<T, kMasked>(b, tile, v), make_policy(Keep::kFirst));
+            if (v < tile.count) held[h][i] = load(b, Place<T, kMasked>(b, tile, v), policy);
           }
         }
       }
