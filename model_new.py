@@ -176,14 +176,27 @@ __device__ void barrier_wait(Barrier* b, unsigned parity) {
   while (!barrier_test(b, parity)) {}
 }
 
-// Makes initialised barriers visible to the copy engine.
+// The same where other blocks of the cluster have sent what the barrier waited for.
+__device__ void barrier_wait_for_peers(Barrier* b, unsigned parity) {
+#if __CUDA_ARCH__ >= 900
+  unsigned complete;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(complete) : "r"(shared_address(b)), "r"(parity) : "memory");
+  } while (!complete);
+#else
+  __trap();
+#endif
+}
+
+// Makes initialised barriers visible to the copy engine, and to the cluster behind its barrier.
 __device__ void barrier_init_fence() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
 
-// One arrival; the phase also waits for `bytes` of bulk copies.
+// One arrival; the phase also waits for `bytes` of bulk copies or from peers.
 __device__ void barrier_arrive_expect(Barrier* b, unsigned bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }"
@@ -239,10 +252,11 @@ __device__ void copies_arrive(Barrier* b) {
 #endif
 }
 
-// The barrier of all threads of a cluster of blocks, in two halves.
+// The barrier of all threads of a cluster of blocks, in two halves. It tells that the others are there, and orders no memory:
+// to do so, each thread would wait until all that the multiprocessor has under way has gone through, some microseconds.
 __device__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #else
   __trap();
 #endif
@@ -256,14 +270,17 @@ __device__ void cluster_wait() {
 #endif
 }
 
-// The same variable in the shared memory of another block of the cluster.
+// Writes 16 bytes to the same place in another block of the cluster, some time later, and counts them on that block's barrier.
 template <typename V>
-__device__ V* in_peer(V* shared, int rank) {
+__device__ void send_to_peer(V* shared, int rank, const V& value, Barrier* b) {
 #if __CUDA_ARCH__ >= 900
-  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+  static_assert(sizeof(V) == 16, "one message");
+  const uint4 raw = *reinterpret_cast<const uint4*>(&value);
+  asm volatile("{ .reg .b32 to, barrier; mapa.shared::cluster.u32 to, %0, %2; mapa.shared::cluster.u32 barrier, %1, %2;"
+               "  st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3, %4, %5, %6}, [barrier]; }"
+               ::"r"(shared_address(shared)), "r"(shared_address(b)), "r"(rank), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w) : "memory");
 #else
   __trap();
-  return nullptr;
 #endif
 }
 
@@ -279,10 +296,8 @@ __device__ void store_word(Word* p, Word word) {
                ::"l"(p), "l"(__double_as_longlong(word.value)), "l"(word.tag) : "memory");
 }
 
-// Adds 1 to the tag, which orders nothing else.
-__device__ void add_tag(Word* p) {
-  asm volatile("red.relaxed.gpu.global.add.u64 [%0], 1;" ::"l"(&p->tag) : "memory");
-}
+// Adds 1, which orders nothing else, and waits for nothing.
+__device__ void add_one(void* word) { asm volatile("red.relaxed.gpu.global.add.u64 [%0], 1;" ::"l"(word) : "memory"); }
 
 __device__ void nap() { __nanosleep(40); }
 
@@ -925,7 +940,7 @@ __device__ Sums<double> exchange(const Block& b, int64_t channel, const Sums<dou
   Word* const published = words + team;  // counts the blocks
   if (lane == 0) {
     store_word(&words[b.rank], Word{own.s1, (unsigned long long)__double_as_longlong(-own.s2)});
-    add_tag(published);
+    add_one(&published->tag);
     while (load_word(published).tag < team) nap();  // one word a block: all words, again and again, would take L2's time
   }
   __syncwarp();
@@ -1049,20 +1064,28 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
   const FusedBatchNormCall& call = b.a.call;
   const int warp = threadIdx.x / 32, channel = b.first_channel * p.pack + warp;
   const bool looks_after = warp < p.pack && channel < call.C, leads = looks_after && b.lane == 0;
-  if (p.cluster) cluster_arrive();  // waited for below: then the peers are there
-
   const A sample = load_sample<T>(b, !kPacked ? b.first_channel : looks_after ? channel : call.C);
   const Channel<T> parameters(call, channel, leads, b.rank == 0 || !call.training);
-  // In step, the blocks of a multiprocessor would all load, then all store, and memory would rest in between.
-  if (const int turn = divide(b.first_channel, p.by_turn); turn < p.turns) rest(int64_t(turn) * p.turn_cycles);
 
-  // In shared memory, behind x: [pack][team] sums of a cluster's blocks, [pack] pivots and results, sums of the threads or warps.
+  // In shared memory, behind x: [pack][team] sums of a cluster's blocks, [pack] pivots and results, the barrier that the
+  // cluster's sums come to, sums of the threads or warps.
   const Tile share(b, b.first_channel, 0);
   Vector<T>* const kept = tile_at<T>(b, 0);
   auto* const team_sums = reinterpret_cast<Sums<double>*>(kept + p.kept_vectors);
   auto* const results = reinterpret_cast<Result<A>*>(team_sums + kMaxPack * kMaxCluster);
   auto* const pivots = reinterpret_cast<A*>(results + kMaxPack);
-  auto* const partial = reinterpret_cast<Pick<Sums<A>>*>(pivots + kMaxPack);
+  auto* const gathered = reinterpret_cast<Barrier*>(pivots + kMaxPack);
+  auto* const partial = reinterpret_cast<Pick<Sums<A>>*>(gathered + 1);
+  if (p.cluster) {
+    if (threadIdx.x == 0) {
+      barrier_init(gathered, 1);
+      barrier_init_fence();
+      barrier_arrive_expect(gathered, p.pack * p.team * sizeof(Sums<double>));
+    }
+    cluster_arrive();  // waited for below: then the peers are there
+  }
+  // In step, the blocks of a multiprocessor would all load, then all store, and memory would rest in between.
+  if (const int turn = divide(b.first_channel, p.by_turn); turn < p.turns) rest(int64_t(turn) * p.turn_cycles);
 
   // A thread's vectors lie `threads` apart, so in packed planes all of them at the same place of the plane: the end of one
   // channel (`first` of the pack), from element `split` on the next one.
@@ -1121,8 +1144,8 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
     }
     wait_for_grid();
     __syncthreads();
-    Sums<double> sums;
     if (looks_after) {
+      Sums<double> sums;
       if (kPacked) {
         for (unsigned t = b.lane; t < p.threads; t += 32) {
           const int its_first = int(divide(element_of(t), p.by_channel));
@@ -1133,15 +1156,13 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
         sums.add(partial[b.lane].a);
       }
       sums = warp_sum(sums);
-      if (p.cluster && b.lane < p.team) in_peer(team_sums, b.lane)[warp * p.team + b.rank] = sums;
-    }
-    if (p.cluster) {
-      cluster_arrive();
-      cluster_wait();
-    }
-    if (looks_after) {
+      if (p.cluster) {
+        Sums<double>* const of_channel = team_sums + warp * p.team;
+        if (b.lane < p.team) send_to_peer(&of_channel[b.rank], b.lane, sums, gathered);
+        barrier_wait_for_peers(gathered, 0);
+        sums = warp_sum(b.lane < p.team ? of_channel[b.lane] : Sums<double>());
+      }
       if (!kPacked && p.cooperative) sums = exchange<kResidentTeamPerLane>(b, channel, sums);
-      if (p.cluster) sums = warp_sum(b.lane < p.team ? team_sums[warp * p.team + b.lane] : Sums<double>());
       const Moments moments(b.a, kPacked ? pivots[warp] : pivot.a, sums);
       if (leads) {
         results[warp] = parameters.result(moments.mean, moments.inv_std);
@@ -1194,7 +1215,7 @@ __global__ void __launch_bounds__(kBlockThreads<kStructure>, kStructure <= kPack
   if (p.cooperative) arrival = grid.barrier_arrive();
   const auto wait_for_grid = [&] {  // in training, before any exchange
     if (p.cooperative) grid.barrier_wait(std::move(arrival));  // else words could be wiped that a block has published, or the counter read late
-    if (call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) *call.num_batches_tracked += 1;
+    if (call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) add_one(call.num_batches_tracked);
   };
   if constexpr (kStructure <= kPacked) return resident<T, kMasked, kStructure == kPacked>(b, wait_for_grid);
 

@@ -26,9 +26,10 @@ _NORMALISE = """      for_each_vector<kAtOnce>(tile_at<T>(b, position.slot), war
 """
 _RELEASE = "      release(b, position.slot);\n"
 _ZERO = "for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < p.scratch_words; i += int64_t(p.team) * p.teams * blockDim.x)\n      store_word(&a.scratch[i], Word{0, 0});"
-_REMOTE_SUMS = "      if (p.cluster && b.lane < p.team) in_peer(team_sums, b.lane)[warp * p.team + b.rank] = sums;\n"
+_FIRST_ARRIVAL = "    cluster_arrive();  // waited for below: then the peers are there\n"
 _FIRST_WAIT = "  if (p.cluster) cluster_wait();\n"
-_LAST_BARRIER = "      cluster_arrive();\n      cluster_wait();\n"
+_INIT_GATHERED = "    if (threadIdx.x == 0) {\n      barrier_init(gathered, 1);\n"
+_AWAIT_SUMS = "        barrier_wait_for_peers(gathered, 0);\n"
 _GRID_WAIT = "    if (p.cooperative) grid.barrier_wait(std::move(arrival));"
 
 # (what is wrong, text, its replacement, perhaps more such pairs). Each text occurs once.
@@ -137,7 +138,7 @@ MUTANTS = [
     ("phases not followed", "      slot -= slots;\n      parity ^= 1;", "      slot -= slots;"),
     # ---- barriers
     ("barriers used before they are there", "__syncthreads();  // else a warp", "// else a warp"),
-    ("barriers not published to the copy engine", "    barrier_init_fence();\n", ""),
+    ("barriers not published to the copy engine", "      barrier_init(&b.shared.ready[s], 32);\n    }\n    barrier_init_fence();", "      barrier_init(&b.shared.ready[s], 32);\n    }"),
     ("full counts half the arrivals", "p.bulk ? 1 : p.producers * 64", "p.bulk ? 1 : p.producers * 32"),
     ("a slow lane still reads a tile that is let go", "int slot) { barrier_arrive", "int slot) { if (b.lane == 0) barrier_arrive", "32 * max(p.storers, 1)", "max(p.storers, 1)"),
     ("a slow lane still sums a tile that is let go", "    barrier_arrive(summed);", "    if (b.lane == 0) barrier_arrive(summed);", "32 * p.statistics);", "p.statistics);"),
@@ -177,13 +178,19 @@ MUTANTS = [
     ("resident: no cooperative launch", "attributes[0].val.cooperative = plan.cooperative;", "attributes[0].val.cooperative = plan.cooperative && plan.structure > kPacked;"),
     ("no cluster asked for", "plan.cluster ? 2 : 1;", "1;"),
     ("clusters where there are none", "device.architecture >= 90 ? kMaxCluster : 1", "kMaxCluster"),
-    ("no first barrier of the cluster", "  if (p.cluster) cluster_arrive();", "", _FIRST_WAIT, ""),
-    ("the cluster's first barrier not waited for", _FIRST_WAIT, ""),
-    ("peers written to before they are there", _FIRST_WAIT, "", _LAST_BARRIER, "      cluster_wait();\n" + _LAST_BARRIER),
-    ("sums sent behind the cluster's barrier", _REMOTE_SUMS, "", "    if (p.cluster) {\n      cluster_arrive();\n", "    if (p.cluster) {\n      cluster_arrive();\n      if (looks_after)\n" + _REMOTE_SUMS),
-    ("the cluster's sums not waited for", _LAST_BARRIER, "      cluster_arrive();\n"),
-    ("sums sent to the wrong rank's place", "in_peer(team_sums, b.lane)[warp * p.team + b.rank]", "in_peer(team_sums, b.lane)[warp * p.team + b.lane]"),
-    ("sums sent to the own block only", "in_peer(team_sums, b.lane)", "in_peer(team_sums, b.rank)"),
+    ("no barrier of the cluster", _FIRST_ARRIVAL, "", _FIRST_WAIT, ""),
+    ("the cluster's barrier not waited for", _FIRST_WAIT, ""),
+    ("peers written to before they are there", _FIRST_WAIT, "", "  __syncthreads();\n  if (end == 0) return;\n", "  if (p.cluster) cluster_wait();\n  __syncthreads();\n  if (end == 0) return;\n"),
+    ("the barrier for the peers' sums initialised when they may come", _FIRST_ARRIVAL, "", _INIT_GATHERED, _FIRST_ARRIVAL + _INIT_GATHERED),
+    ("the barrier for the peers' sums not fenced", "      barrier_init(gathered, 1);\n      barrier_init_fence();\n", "      barrier_init(gathered, 1);\n"),
+    ("one peer's sums not expected", "p.pack * p.team * sizeof(Sums<double>)", "p.pack * (p.team - 1) * sizeof(Sums<double>)"),
+    ("one channel's sums expected from peers", "p.pack * p.team * sizeof(Sums<double>)", "p.team * sizeof(Sums<double>)"),
+    ("the peers' sums not waited for", _AWAIT_SUMS, ""),
+    ("the peers' sums waited for like own copies", _AWAIT_SUMS, "        barrier_wait(gathered, 0);\n"),
+    ("the peers' sums waited for in the next phase", _AWAIT_SUMS, "        barrier_wait_for_peers(gathered, 1);\n"),
+    ("sums sent to the wrong rank's place", "send_to_peer(&of_channel[b.rank]", "send_to_peer(&of_channel[b.lane]"),
+    ("sums sent to the own block only", "send_to_peer(&of_channel[b.rank], b.lane,", "send_to_peer(&of_channel[b.rank], b.rank,"),
+    ("sums sent to one block too many", "if (b.lane < p.team) send_to_peer", "if (b.lane <= p.team) send_to_peer"),
 ]
 
 

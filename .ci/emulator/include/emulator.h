@@ -19,16 +19,14 @@ namespace emulator {
 __attribute__((const)) unsigned char* shared_memory();  // the block's dynamic shared memory
 __attribute__((const)) unsigned lane();
 
-// Barriers of the block, of the grid and the cluster (in two steps), and of the lanes in `mask`; all order memory.
+// Barriers of the block, of the grid and the cluster (in two steps), and of the lanes in `mask`. All order memory but the
+// cluster's, which only tells that its blocks run.
 void sync_block();
 void grid_arrive();
 void grid_wait();
 void cluster_arrive();
 void cluster_wait();
 void sync_warp(unsigned mask);
-
-// Where block `rank` of the cluster has what this block has at `shared`.
-void* in_peer(const void* shared, unsigned rank);
 
 // Values between the lanes in `mask`; these do not order memory. Lane i gets the value of lane `from`.
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane);
@@ -41,6 +39,9 @@ void barrier_wait(uint64_t* barrier, unsigned parity);
 void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier);
 void copy_16(void* shared, const void* global);
 void copies_arrive(uint64_t* barrier);
+// 16 bytes to where block `rank` of the cluster has what this block has at `shared`, counted on its `barrier`.
+void send_to_peer(void* shared, unsigned rank, const void* value, uint64_t* barrier);
+void barrier_wait_for_peers(uint64_t* barrier, unsigned parity);
 // ... or that their thread waits for.
 void copies_wait();
 

@@ -17,13 +17,14 @@ static uint32_t offset_of(const void* shared, size_t bytes, const char* what, co
   return uint32_t(offset);
 }
 
-static Mbarrier& find(const uint64_t* barrier, const void* place) {
-  Block& block = *current->block;
+// This block's, or the one at the same place in a peer.
+static Mbarrier& find(const uint64_t* barrier, const void* place, Block& block = *current->block) {
   const auto found = block.barriers.find(offset_of(barrier, 8, "an mbarrier", place));
   if (found == block.barriers.end()) fail("barrier", name_of(*current) + " uses an mbarrier that nobody has initialised", place);
   Mbarrier& b = found->second;
-  if (!has_seen(*current, b.initialised))
-    fail("data race", name_of(*current) + " uses an mbarrier, unordered with its initialisation", place);
+  const bool seen = &block == current->block ? has_seen(*current, b.initialised)
+                                             : current->clock.at[machine.launch.threads + kCopyAgents + kCluster] >= b.shown;
+  if (!seen) fail("data race", name_of(*current) + " uses an mbarrier, unordered with its initialisation", place);
   if (!b.fenced && b.initialised_by != current)
     fail("barrier", name_of(*current) + " uses an mbarrier whose initialisation no barrier_init_fence published", place);
   return b;
@@ -48,7 +49,11 @@ void barrier_init(uint64_t* barrier, unsigned arrivals) {
 }
 
 void barrier_init_fence() {
-  for (auto& [offset, b] : current->block->barriers) b.fenced |= b.initialised_by == current;
+  for (auto& [offset, b] : current->block->barriers) {
+    if (b.fenced || b.initialised_by != current) continue;
+    b.fenced = true;
+    b.shown = current->arrivals[kCluster] + 1;
+  }
 }
 
 static void complete_if_due(Mbarrier& b) {
@@ -81,10 +86,10 @@ void barrier_arrive(uint64_t* barrier, unsigned expected_bytes) {
   arrive_now(barrier, expected_bytes, __builtin_return_address(0));
 }
 
-void barrier_wait(uint64_t* barrier, unsigned parity) {
-  const void* place = __builtin_return_address(0);
+static void wait(uint64_t* barrier, unsigned parity, bool for_peers, const void* place) {
   preempt();
   Mbarrier& b = find(barrier, place);
+  if (b.from_peers && !for_peers) fail("barrier", "barrier_wait on an mbarrier that peers send to: it shows only this block's own doings", place);
   if (parity > 1) fail("barrier", "a parity is 0 or 1", place);
   // Looked at again after waking up: a thread that comes so late that the next phase is over too has missed its own.
   while ((b.phase & 1) == parity) {
@@ -94,6 +99,14 @@ void barrier_wait(uint64_t* barrier, unsigned parity) {
     block_on("barrier_wait", place);
   }
   acquire(b.completed);
+}
+
+void barrier_wait(uint64_t* barrier, unsigned parity) { wait(barrier, parity, false, __builtin_return_address(0)); }
+
+void barrier_wait_for_peers(uint64_t* barrier, unsigned parity) {
+  const void* place = __builtin_return_address(0);
+  require_clusters(place);
+  wait(barrier, parity, true, place);
 }
 
 // Bytes that `agent` will write at `time`: ordered behind all that the issuing thread has seen, known to nobody yet.
@@ -126,6 +139,27 @@ void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barri
   machine.in_flight.push_back({&block, offset_of(barrier, 8, "", place),
                                {{static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes}},
                                bytes, false});
+}
+
+void send_to_peer(void* shared, unsigned rank, const void* value, uint64_t* barrier) {
+  const void* place = __builtin_return_address(0);
+  preempt();
+  require_clusters(place);
+  if (rank >= machine.launch.cluster)
+    fail("cluster", name_of(*current) + " sends to block " + std::to_string(int(rank)) + " of a cluster of " +
+                        std::to_string(machine.launch.cluster), place);
+  const uint32_t offset = offset_of(shared, 16, "a message", place);
+  require_aligned(shared, 16, Access::kWrite, place);
+  Block* const peer = machine.slots[current->block->slot - current->block->rank() + rank].get();
+  if (peer == nullptr) fail("cluster", name_of(*current) + " sends to block " + std::to_string(rank) + " of its cluster, which has returned", place);
+  Mbarrier& b = find(barrier, place, *peer);
+  unsigned char* const to = peer->shared + offset;
+  access(to, 16, Access::kWrite, false, copy_epoch(*peer, b, place), place);
+  poison(to, 16);
+  b.from_peers = true;
+  ++b.copies;
+  const auto* const bytes = static_cast<const unsigned char*>(value);
+  machine.in_flight.push_back({peer, offset_of(barrier, 8, "", place), {{to, nullptr, 16}}, 16, false, {bytes, bytes + 16}});
 }
 
 void copy_16(void* shared, const void* global) {
@@ -170,7 +204,7 @@ void land(size_t which) {
   std::swap(machine.in_flight[which], machine.in_flight.back());
   const Copies copies = std::move(machine.in_flight.back());
   machine.in_flight.pop_back();
-  for (const Fibre::Piece& piece : copies.pieces) memcpy(piece.to, piece.from, piece.bytes);
+  for (const Fibre::Piece& piece : copies.pieces) memcpy(piece.to, piece.from ? piece.from : copies.value.data(), piece.bytes);
   Mbarrier& b = copies.block->barriers.at(copies.barrier);
   b.gathering.at[b.agent] = Time(b.phase + 1);
   machine.naps_since_event = 0;

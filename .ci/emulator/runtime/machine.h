@@ -88,6 +88,8 @@ struct Mbarrier {
   const Fibre* initialised_by;
   Epoch initialised;
   bool fenced = false;
+  unsigned shown = 0;           // from this barrier of the cluster on, peers know the initialisation
+  bool from_peers = false;      // other blocks of the cluster send to it
   std::vector<Fibre*> waiting;
 };
 
@@ -105,7 +107,6 @@ struct Block {
   unsigned index, slot;
   unsigned char* shared;
   Group* groups[kLevels];
-  bool visited = false;                                 // another block has used its shared memory
   unsigned rank() const { return index - groups[kCluster]->first; }
   std::vector<Fibre> fibres;
   unsigned finished = 0, at_barrier = 0;
@@ -117,11 +118,12 @@ struct Block {
 };
 
 struct Copies {                 // land together, as late as the schedule wants
-  Block* block;
+  Block* block;                 // in whose shared memory
   uint32_t barrier;             // offset
   std::vector<Fibre::Piece> pieces;
   unsigned bytes;               // to count down on the barrier (bulk copies)
   bool arrives;                 // or an arrival (cp.async)
+  std::vector<unsigned char> value = {};        // what a piece from nowhere brings (a peer's message)
 };
 
 struct RelaxedStore {           // done, but not yet seen by those whom nothing has told
@@ -173,6 +175,7 @@ std::string name_of(const Fibre& fibre);
 std::string name_of(const void* place);
 void make_ready(Fibre& fibre);
 void block_on(const char* waits_for, const void* place);  // until another fibre makes this one ready
+void require_clusters(const void* place);
 void preempt();                 // another fibre may run here
 void poll(const void* place);   // ... and must, if this one has looked at memory in vain for long
 void land(size_t copies);       // copies.cpp: finish machine.in_flight[copies]
@@ -187,7 +190,6 @@ Epoch now(const Fibre& fibre, bool atomic);
 Epoch epoch(const Block& block, unsigned participant, Time time, bool atomic);
 bool has_seen(const Fibre& fibre, Epoch epoch);
 void track(const void* address, size_t bytes, Epoch mark);  // copied bytes: somebody will have seen them, from now on
-void require_over(Block& block);  // block is at its end: so must be what others did in its shared memory
 void poison(void* address, size_t bytes);
 std::vector<Range>& ranges();
 

@@ -48,19 +48,14 @@ static unsigned barriers_known(const Fibre& fibre, int level) {
   return fibre.clock.at[machine.launch.threads + kCopyAgents + level];
 }
 
-// Threads of one block order each other by clocks; those of different blocks only by barriers of a Group.
+// Threads of one block order each other by clocks; those of different blocks only by barriers of the grid.
 bool has_seen(const Fibre& fibre, Epoch e) {
   const Time time = e & kNotYet;
   const unsigned block = block_of(e), participant = e >> 24 & 0xfff;
   if (time == 0) return true;
   if (block == fibre.block->index) return time <= fibre.clock.at[participant];
-  for (int level = 0; level < kLevels; ++level) {
-    const Group& group = *fibre.block->groups[level];
-    const unsigned known = barriers_known(fibre, level);
-    if (known > 0 && block - group.first < group.blocks && time <= group.published[known & 1][block - group.first].at[participant])
-      return true;
-  }
-  return false;
+  const unsigned known = barriers_known(fibre, kGrid);
+  return known > 0 && time <= machine.grid.published[known & 1][block].at[participant];
 }
 
 void acquire(const Clock& source) { current->clock.join(source); }
@@ -115,9 +110,8 @@ static std::string name_of_address(uintptr_t address) {
 static Block& visit(unsigned rank, uintptr_t address, Access kind, const void* place) {
   Block* const peer = machine.slots[first_slot() + rank].get();
   if (peer == nullptr) fail_access("cluster", kind, name_of_address(address), ", which has returned", place);
-  if (barriers_known(*current, kCluster) == 0 && barriers_known(*current, kGrid) == 0)
+  if (barriers_known(*current, kCluster) == 0)
     fail_access("cluster", kind, name_of_address(address), ", which may not have started: no barrier has shown it", place);
-  peer->visited = true;
   return *peer;
 }
 
@@ -222,23 +216,6 @@ void track(const void* address, size_t bytes, Epoch mark) {
   Cell* const cells = find_cells(uintptr_t(address), bytes, Access::kWrite, nullptr).cells;
   for (Cell* cell = cells; cell < cells + bytes / kCellBytes; ++cell)
     if ((cell->write & kNotYet) == kNotYet) cell->write = mark;
-}
-
-void require_over(Block& block) {
-  if (!block.visited) return;
-  Fibre& last = block.fibres[0];
-  for (const Fibre& fibre : block.fibres) last.clock.join(fibre.clock);
-  const auto require = [&](const Cell& cell, Epoch e, const char* did, uint32_t place) {
-    if (e == 0 || block_of(e) == block.index || has_seen(last, e)) return;
-    fail("cluster", "block " + std::to_string(block.index) + " returns, unordered with " + name_of_epoch(e, place) + ", which " + did +
-                        " its shared memory + " + hex((&cell - block.cells.data()) * kCellBytes), nullptr);
-  };
-  for (const Cell& cell : block.cells) {
-    require(cell, cell.write, "wrote", cell.write_place);
-    if (cell.read & kValid) require(cell, cell.read, "read", cell.read_place);
-    else if (cell.read)
-      for (Epoch e : machine.reads[cell.read - 1]) require(cell, e, "read", cell.read_place);
-  }
 }
 
 static void show_overlapping(const void* address, size_t bytes, bool to_all);

@@ -335,7 +335,7 @@ static void arrive(Level level, const void* place) {
   if (fibre.arrivals[level] >= group.fewest)
     fail("barrier", name_of(fibre) + " reaches " + barrier_of(level) + " after other threads have returned", place);
   if (group.gathering.empty()) group.gathering.assign(group.blocks, Clock{std::vector<Time>(fibre.clock.at.size())});
-  release(group.gathering[fibre.block->index - group.first]);
+  if (level == kGrid) release(group.gathering[fibre.block->index - group.first]);  // the cluster's barrier orders no memory
   fibre.arrived[level] = true;
   ++fibre.arrivals[level];
   if (++group.arrived < group.blocks * machine.launch.threads) return;
@@ -374,7 +374,7 @@ void grid_arrive() {
 
 void grid_wait() { wait(kGrid, "grid.barrier_wait", __builtin_return_address(0)); }
 
-static void require_clusters(const void* place) {
+void require_clusters(const void* place) {
   if (machine.device.capability < 90) fail("device", "clusters need compute capability 9.0", place);
 }
 
@@ -389,19 +389,6 @@ void cluster_wait() {
   const void* place = __builtin_return_address(0);
   require_clusters(place);
   wait(kCluster, "cluster_wait", place);
-}
-
-void* in_peer(const void* shared, unsigned rank) {
-  const void* place = __builtin_return_address(0);
-  require_clusters(place);
-  const Block& block = *current->block;
-  const uintptr_t offset = uintptr_t(shared) - uintptr_t(block.shared);
-  if (offset >= machine.launch.shared_bytes)
-    fail("out of bounds", name_of(*current) + " asks for a peer's address of what is not in its own shared memory", place);
-  if (rank >= machine.launch.cluster)
-    fail("cluster", name_of(*current) + " asks for block " + std::to_string(int(rank)) + " of a cluster of " +
-                        std::to_string(machine.launch.cluster), place);
-  return shared_of(block.slot - block.rank() + rank) + offset;
 }
 
 // Lanes of a warp meet: each brings a value and an argument; the last one to come serves them all by `finish`.
@@ -544,7 +531,6 @@ static void start_cluster(unsigned place) {
 static void finish_block(Block& block) {
   for (const Copies& copies : machine.in_flight)
     if (copies.block == &block) fail("barrier", "block " + std::to_string(block.index) + " ends with copies in flight", nullptr);
-  require_over(block);
   --blocks_left;
   const unsigned blocks = machine.launch.cluster, place = block.slot / blocks;
   machine.slots[block.slot].reset();
