@@ -1166,10 +1166,15 @@ def shown(number: float, form: str) -> str:
 SPEED_COLUMNS = ["shape", "type", "copy µs", "eager µs", "compile µs", "ours µs (p10–p90)", "TB/s", "of copy", "× eager", "× compile", "bar", ""]
 
 
+def flush_bytes() -> int:
+    """Four times what L2 holds."""
+    return 4 * torch.cuda.get_device_properties(0).L2_cache_size
+
+
 def copies_of_x(shape, dtype: torch.dtype) -> list[torch.Tensor]:
     """So many different x that L2 holds nothing of one when its turn comes again; an odd number, so that each contender meets all."""
     nbytes = math.prod(shape) * dtype.itemsize
-    wanted = max(3, math.ceil(4 * torch.cuda.get_device_properties(0).L2_cache_size / nbytes))
+    wanted = max(3, math.ceil(flush_bytes() / nbytes))
     room = int(0.6 * torch.cuda.mem_get_info()[0] / nbytes) - 2  # beside them: the copy's y, and a result
     if room < 1:
         raise Skip(f"needs {5 * nbytes / 1e9:.0f} GB of GPU memory")
@@ -1177,13 +1182,19 @@ def copies_of_x(shape, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def take_turns(contenders: dict[str, Callable], xs: list[torch.Tensor]) -> dict[str, list[float]]:
-    """GPU time of every call in µs, sorted, per contender."""
+    """GPU time of every call in µs, sorted, per contender.
+
+    As benchmark harnesses do, each call comes behind a write that fills L2: else it would have to write back what the contender
+    before it has left there, another amount for each.
+    """
+    flush = torch.empty(flush_bytes(), device="cuda", dtype=torch.uint8)
     once_us = sum(timed(contender, xs[0]) for contender in contenders.values())
     events: dict[str, list] = {name: [] for name in contenders}
     turn = itertools.count()
     for _ in range(WARM_UP + max(20, min(100, int(BUDGET_US / once_us)))):
         for name, contender in contenders.items():
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush.zero_()
             torch.cuda._sleep(SPIN_CYCLES)
             start.record()
             contender(xs[next(turn) % len(xs)])

@@ -393,11 +393,25 @@ template <typename T, typename A> __device__ T narrow(A v) {
   else return __float2bfloat16_rn(float(v));
 }
 
-// Element i of a parameter or a running buffer, which is float or of x's own type.
+// An element of a parameter or a running buffer, which is float or of x's own type. As it lies in memory: a conversion
+// behind the load would wait for it.
 template <typename T>
-__device__ typename Accumulator<T>::type load_parameter(const void* p, int64_t i, bool is_float) {
-  return is_float ? static_cast<const float*>(p)[i] : widen(static_cast<const T*>(p)[i]);
-}
+struct Parameter {
+  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+  Bits bits = 0;
+  __device__ void load(const void* p, int64_t i, bool is_float) {
+    if (is_float) bits = static_cast<const uint32_t*>(p)[i];
+    else if constexpr (sizeof(T) == 2) bits = static_cast<const uint16_t*>(p)[i];
+    else bits = static_cast<const Bits*>(p)[i];
+  }
+  __device__ typename Accumulator<T>::type value(bool is_float) const {
+    float single;
+    T own;
+    memcpy(&single, &bits, sizeof single);
+    memcpy(&own, &bits, sizeof own);
+    return is_float ? single : widen(own);
+  }
+};
 
 template <typename T>
 __device__ void store_parameter(void* p, int64_t i, bool is_float, double v) {
@@ -586,15 +600,17 @@ struct Place {
       element = tile.plane + int64_t(q) * kSize + row * ((a.plan.packs - 1) * a.plan.plane);
     } else {  // the plane's cover starts at the 16-byte boundary before it
       element = tile.plane + row * (a.plan.packs * a.plan.plane);
-      const int64_t in_plane = int64_t(q - row * a.plan.plane_vectors) * kSize;
+      const unsigned in_plane = q - row * a.plan.plane_vectors;
       const int shift = shift_of<T>(b, element);
-      begin = in_plane == 0 ? shift : 0;
-      end = int(max(int64_t(0), min(int64_t(kSize), a.plan.plane + shift - in_plane)));
-      element += in_plane - shift;
+      element += int64_t(in_plane) * kSize - shift;
+      if (in_plane == 0 || in_plane + 2 >= a.plan.plane_vectors) {  // all others belong to the plane as a whole
+        begin = in_plane == 0 ? shift : 0;
+        end = int(max(int64_t(0), min(int64_t(kSize), a.plan.plane + shift - int64_t(in_plane) * kSize)));
+      }
     }
   }
+  __device__ bool whole() const { return !kMasked || end - begin == kSize; }
   __device__ bool has(int i) const { return !kMasked || (i >= begin && i < end); }
-  __device__ int count() const { return max(end - begin, 0); }
 };
 
 // What of one vector of x belongs to the plane, element by element. Rolled: few vectors reach past the end of x, and unrolled
@@ -609,12 +625,12 @@ __device__ Vector<T> elementwise(const Block& b, const Place<T, kMasked>& place)
 
 // This lane's share in the choice of a channel's pivot: one of 32 elements that lie scattered over the channel, the same in
 // every block and warp. It is far from being needed when it is loaded.
-template <typename T, typename A = typename Accumulator<T>::type>
-__device__ A load_sample(const Block& b, int64_t channel) {
+template <typename T>
+__device__ T load_sample(const Block& b, int64_t channel) {
   const FusedBatchNormCall& call = b.a.call;
-  if (channel >= call.C) return 0;
+  if (channel >= call.C) return T();
   const int64_t n = __umulhi(b.lane * 0x9e3779b9u, unsigned(call.N)), i = __umulhi(b.lane * 0x85ebca6bu, unsigned(call.HW));
-  return widen(static_cast<const T*>(call.x)[(n * call.C + channel) * call.HW + i]);
+  return static_cast<const T*>(call.x)[(n * call.C + channel) * call.HW + i];
 }
 
 // The pivot: a mean of the sample, so that (pivot − mean)² is about var/32 and nothing cancels. A mean of medians of three
@@ -641,11 +657,16 @@ __device__ Pick<V> same(V v) { return {v, v, Vector<T>::kSize}; }
 // Adds one vector of x to sums of its elements: of each, or of every second, third … one.
 template <typename T, bool kMasked, int kSums, typename A>
 __device__ void add_vector(Sums<A> (&sums)[kSums], const Vector<T>& x, const Place<T, kMasked>& place, const Pick<A>& pivot) {
-#pragma unroll
-  for (int i = 0; i < Vector<T>::kSize; ++i) {
-    const A d = place.has(i) ? widen(x.get(i)) - pivot[i] : A(0);
+  const auto add = [&](int i, A d) {
     sums[i % kSums].s1 += d;
     sums[i % kSums].s2 += d * d;
+  };
+  if (place.whole()) {
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kSize; ++i) add(i, widen(x.get(i)) - pivot[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kSize; ++i) add(i, place.has(i) ? widen(x.get(i)) - pivot[i] : A(0));
   }
 }
 
@@ -668,7 +689,7 @@ __device__ void normalise(const Block& b, const Vector<T>& x, const Place<T, kMa
   for (int i = 0; i < Vector<T>::kSize; ++i) normal[i] = (widen(x.get(i)) - r[i].mean) * r[i].scale + r[i].shift;
   const Vector<T> y = make_vector<T>(normal);
   T* const to = static_cast<T*>(b.a.call.y) + place.element;
-  if (!kMasked || place.count() == Vector<T>::kSize) {
+  if (place.whole()) {
     store_vector(reinterpret_cast<Vector<T>*>(to), y, b.a.plan.streamed > 0);
   } else {
 #pragma unroll
@@ -705,7 +726,7 @@ __device__ void for_each_vector(const Vector<T>* tile, unsigned first, unsigned 
 // What lies past the end of x is not read.
 template <typename T, bool kMasked>
 __device__ bool inside(const Block& b, const Place<T, kMasked>& from) {
-  return !kMasked || from.element + Vector<T>::kSize <= b.a.call.N * b.a.call.C * b.a.call.HW;
+  return from.whole() || from.element + Vector<T>::kSize <= b.a.call.N * b.a.call.C * b.a.call.HW;
 }
 
 // Loads one vector of x: into a register, or some time later into shared memory.
@@ -831,12 +852,12 @@ __device__ Result<A> wait_for_result(const Block& b, RingPosition at) {
 
 // Statistics. All warps share each tile.
 template <typename T, bool kMasked>
-__device__ void summarise(const Block& b, int warp, typename Accumulator<T>::type sample) {
+__device__ void summarise(const Block& b, int warp, T sample) {
   using A = typename Accumulator<T>::type;
   const Plan& p = b.a.plan;
   RingPosition position, at;
   for (int64_t channel = b.first_channel; channel < b.a.call.C; channel += p.teams) {
-    Summary<T, kMasked, kAtOnce> summary{b, pivot_of(sample)};
+    Summary<T, kMasked, kAtOnce> summary{b, pivot_of(widen(sample))};
     sample = load_sample<T>(b, channel + p.teams);
     Tile tile(b, channel, 0);
     for (int t = 0; t < p.tiles; ++t, tile.advance(b)) {
@@ -853,7 +874,7 @@ __device__ void summarise(const Block& b, int warp, typename Accumulator<T>::typ
 // its last in the ring, lets the others go, and when the result is there stores the first, then the last, and reads
 // the others again. `tiles` is a multiple of the warps, so a slot of the ring is the same warp's in every round.
 template <typename T, bool kMasked>
-__device__ void hold(const Block& b, int warp, typename Accumulator<T>::type sample) {
+__device__ void hold(const Block& b, int warp, T sample) {
   using A = typename Accumulator<T>::type;
   constexpr int kTiles = kHeldTiles<T, kMasked>;
   const Plan& p = b.a.plan;
@@ -861,7 +882,7 @@ __device__ void hold(const Block& b, int warp, typename Accumulator<T>::type sam
   position.advance(warp, p.slots);
   for (int64_t channel = b.first_channel; channel < b.a.call.C; channel += p.teams) {
     Vector<T> held[kTiles][kHeldVectors];
-    Summary<T, kMasked, kAtOnceHolding> summary{b, pivot_of(sample)};
+    Summary<T, kMasked, kAtOnceHolding> summary{b, pivot_of(widen(sample))};
     sample = load_sample<T>(b, channel + p.teams);
     int t = warp;
 #pragma unroll
@@ -979,22 +1000,26 @@ template <typename T, typename A = typename Accumulator<T>::type>
 struct Channel {
   const FusedBatchNormCall& call;
   const int c;
-  A gamma = 1, beta = 0, running_mean = 0, running_var = 0;
+  Parameter<T> gamma, beta, running_mean, running_var;
 
   __device__ Channel(const FusedBatchNormCall& call, int c, bool needed, bool running) : call(call), c(c) {
     if (needed && call.gamma) {
-      gamma = load_parameter<T>(call.gamma, c, call.affine_float);
-      beta = load_parameter<T>(call.beta, c, call.affine_float);
+      gamma.load(call.gamma, c, call.affine_float);
+      beta.load(call.beta, c, call.affine_float);
     }
     if (needed && running && call.running_mean) {
-      running_mean = load_parameter<T>(call.running_mean, c, call.running_float);
-      running_var = load_parameter<T>(call.running_var, c, call.running_float);
+      running_mean.load(call.running_mean, c, call.running_float);
+      running_var.load(call.running_var, c, call.running_float);
     }
   }
 
   __device__ Result<A> result(double mean, double inv_std) const {
-    const double scale = inv_std * gamma;
-    return {A(mean), A(scale), A(beta - (mean - A(mean)) * scale)};
+    double scale = inv_std, shift = 0;
+    if (call.gamma) {
+      scale *= gamma.value(call.affine_float);
+      shift = beta.value(call.affine_float);
+    }
+    return {A(mean), A(scale), A(shift - (mean - A(mean)) * scale)};
   }
 
   // By one thread: what backward needs, and the new running statistics.
@@ -1003,8 +1028,8 @@ struct Channel {
     static_cast<A*>(call.inv_std)[c] = A(moments.inv_std);
     if (call.running_mean) {
       const double unbiased = moments.m2 * p.per_element_but_one;
-      store_parameter<T>(call.running_mean, c, call.running_float, (1 - factor) * running_mean + factor * moments.mean);
-      store_parameter<T>(call.running_var, c, call.running_float, (1 - factor) * running_var + factor * unbiased);
+      store_parameter<T>(call.running_mean, c, call.running_float, (1 - factor) * running_mean.value(call.running_float) + factor * moments.mean);
+      store_parameter<T>(call.running_var, c, call.running_float, (1 - factor) * running_var.value(call.running_float) + factor * unbiased);
     }
   }
 };
@@ -1064,7 +1089,7 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
   const FusedBatchNormCall& call = b.a.call;
   const int warp = threadIdx.x / 32, channel = b.first_channel * p.pack + warp;
   const bool looks_after = warp < p.pack && channel < call.C, leads = looks_after && b.lane == 0;
-  const A sample = load_sample<T>(b, !kPacked ? b.first_channel : looks_after ? channel : call.C);
+  const T sample = load_sample<T>(b, !kPacked ? b.first_channel : looks_after ? channel : call.C);
   const Channel<T> parameters(call, channel, leads, b.rank == 0 || !call.training);
 
   // In shared memory, behind x: [pack][team] sums of a cluster's blocks, [pack] pivots and results, the barrier that the
@@ -1122,10 +1147,10 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
   each_kept([&](Vector<T>& x, const auto& place) { fetch(b, place, &x, policy); });
   if (p.cluster) cluster_wait();
   if (!call.training) {
-    if (leads) results[warp] = parameters.result(parameters.running_mean, rsqrt(parameters.running_var + call.eps));
+    if (leads) results[warp] = parameters.result(parameters.running_mean.value(call.running_float), rsqrt(parameters.running_var.value(call.running_float) + call.eps));
     copies_wait();
   } else {
-    Pick<A> pivot = same<T>(pivot_of(sample));
+    Pick<A> pivot = same<T>(pivot_of(widen(sample)));
     if (kPacked) {
       if (leads) pivots[warp] = pivot.a;
       __syncthreads();
@@ -1147,10 +1172,11 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
     if (looks_after) {
       Sums<double> sums;
       if (kPacked) {
-        for (unsigned t = b.lane; t < p.threads; t += 32) {
-          const int its_first = int(divide(element_of(t), p.by_channel));
-          if (its_first == warp) sums.add(partial[t].a);
-          if (its_first + 1 == warp) sums.add(partial[t].b);
+        const unsigned own = warp * unsigned(call.HW), column = own / kSize, columns = (own + unsigned(call.HW) - 1) / kSize + 1 - column;
+        for (unsigned i = b.lane; i < columns * (p.threads / p.plane_vectors); i += 32) {
+          const unsigned row = i / columns, at = column + i - row * columns;
+          const Pick<Sums<A>>& of = partial[row * p.plane_vectors + at];
+          sums.add(at * kSize < own ? of.b : of.a);
         }
       } else if (b.lane < int(blockDim.x / 32)) {
         sums.add(partial[b.lane].a);
@@ -1257,7 +1283,8 @@ constexpr int64_t kFlightBytes = 48 * 1024;    // on their way to one block
 constexpr int64_t kRoundBytes = 4 * 1024;      // what a channel costs beside its bytes
 constexpr int64_t kWaitBytes = 48 * 1024;      // what an exchange costs that no other work hides
 constexpr int64_t kEvalBytes = 28 * 1024;      // of a block in eval mode, where no block waits for another
-constexpr int64_t kBytesPerCycle = 20;         // that memory has for a multiprocessor in a clock cycle
+constexpr int64_t kBytesPerCycle = 15;         // that memory has for a multiprocessor in a clock cycle, beside what it writes
+constexpr int64_t kTurnsCycles = 5500;         // that reading x takes at least where blocks start in turns
 constexpr int64_t kClusterBytes = 72 * 1024;   // of a block in a cluster, at most: three of them fit on a multiprocessor
 
 Divisor divisor(int64_t d) {
@@ -1316,11 +1343,12 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
     const int64_t bytes = int64_t(p.kept_vectors) * kVectorBytes + kResidentOverheadBytes + sums;
     p.shared_bytes = int(bytes);
     // A turn: a block for each multiprocessor. The next one starts when memory has had the time to read what this one waits for.
-    // Not where clusters are all there at once: then the last ones would only come later.
+    // Not where memory reads all of x in little more time than the last turn then sums and stores.
     const int turn = int(std::max<int64_t>(device.multiprocessors / team, 1));
     p.by_turn = divisor(turn);
     p.turns = int(std::min<int64_t>({device.shared_bytes / (bytes + device.reserved_bytes), 2 * kResidentThreads / (32 * p.statistics), 32}));
-    if (!call.training || cooperative || (team > 1 && p.teams <= p.turns * turn)) p.turns = 0;
+    const int64_t cycles = int64_t(p.teams) * team * p.tile_vectors * kVectorBytes / (kBytesPerCycle * device.multiprocessors);
+    if (!call.training || cooperative || cycles < kTurnsCycles) p.turns = 0;
     p.turn_cycles = int(int64_t(p.tile_vectors) * kVectorBytes / kBytesPerCycle);
     return p.threads <= unsigned(p.pack > 1 ? kPackedThreads : kResidentThreads) && bytes <= half_bytes;
   };
@@ -1331,8 +1359,8 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
       return resident(std::max<int64_t>(ceil_div(bytes, std::min(kEvalBytes, half_bytes - 2 * kResidentOverheadBytes)), 1), false);
     if (call.cumulative && call.num_batches_tracked) return false;  // all must read the counter before it counts
     const int64_t slots = 2 * device.multiprocessors, packs = std::max<int64_t>(p.packs, 1);
-    // One block a channel, where channels are small or enough to fill half of the device.
-    if ((bytes <= 4 * kRoundBytes || 4 * p.packs >= slots) && resident(1, false)) return true;
+    // One block a channel, where channels are small, or so many that each multiprocessor has several.
+    if ((bytes <= 8 * kRoundBytes || 2 * packs >= 3 * slots || (most_cluster == 1 && 4 * packs >= slots)) && resident(1, false)) return true;
     // All channels at once, by blocks that are all there at once, where clusters would be too few: the fewer the sooner together.
     if (p.pack == 1 && (packs * most_cluster < device.multiprocessors || most_cluster == 1))
       for (const int64_t blocks : {slots / 2, slots})
