@@ -236,10 +236,18 @@ __device__ void copy_16(void* shared, const void* global, Policy policy) {
 #endif
 }
 
-// Returns when all copy_16 of this thread have landed, for this thread to see.
+// Makes a group of this thread's copy_16 since the last one.
+__device__ void copies_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Returns when all groups but the last `kOnTheirWay` have landed, for this thread to see.
+template <int kOnTheirWay>
 __device__ void copies_wait() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(kOnTheirWay) : "memory");
 #endif
 }
 
@@ -454,6 +462,7 @@ struct Plan {
   int channel_slots;     // channels that can be under way in a block
   unsigned threads;      // of a resident block, that take vectors
   unsigned kept_vectors; // of its tile, in shared memory
+  int early;             // ... of each thread, that it sums before the others have landed
   Divisor by_turn;       // teams that start at once: a turn
   int turns;             // of such teams that are there at first; 0 if none waits
   int turn_cycles;       // by which one starts later than the one before
@@ -600,17 +609,15 @@ struct Place {
       element = tile.plane + int64_t(q) * kSize + row * ((a.plan.packs - 1) * a.plan.plane);
     } else {  // the plane's cover starts at the 16-byte boundary before it
       element = tile.plane + row * (a.plan.packs * a.plan.plane);
-      const unsigned in_plane = q - row * a.plan.plane_vectors;
+      const int64_t in_plane = int64_t(q - row * a.plan.plane_vectors) * kSize;
       const int shift = shift_of<T>(b, element);
-      element += int64_t(in_plane) * kSize - shift;
-      if (in_plane == 0 || in_plane + 2 >= a.plan.plane_vectors) {  // all others belong to the plane as a whole
-        begin = in_plane == 0 ? shift : 0;
-        end = int(max(int64_t(0), min(int64_t(kSize), a.plan.plane + shift - int64_t(in_plane) * kSize)));
-      }
+      begin = in_plane == 0 ? shift : 0;
+      end = int(max(int64_t(0), min(int64_t(kSize), a.plan.plane + shift - in_plane)));
+      element += in_plane - shift;
     }
   }
-  __device__ bool whole() const { return !kMasked || end - begin == kSize; }
   __device__ bool has(int i) const { return !kMasked || (i >= begin && i < end); }
+  __device__ int count() const { return max(end - begin, 0); }
 };
 
 // What of one vector of x belongs to the plane, element by element. Rolled: few vectors reach past the end of x, and unrolled
@@ -657,16 +664,11 @@ __device__ Pick<V> same(V v) { return {v, v, Vector<T>::kSize}; }
 // Adds one vector of x to sums of its elements: of each, or of every second, third … one.
 template <typename T, bool kMasked, int kSums, typename A>
 __device__ void add_vector(Sums<A> (&sums)[kSums], const Vector<T>& x, const Place<T, kMasked>& place, const Pick<A>& pivot) {
-  const auto add = [&](int i, A d) {
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kSize; ++i) {
+    const A d = place.has(i) ? widen(x.get(i)) - pivot[i] : A(0);
     sums[i % kSums].s1 += d;
     sums[i % kSums].s2 += d * d;
-  };
-  if (place.whole()) {
-#pragma unroll
-    for (int i = 0; i < Vector<T>::kSize; ++i) add(i, widen(x.get(i)) - pivot[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < Vector<T>::kSize; ++i) add(i, place.has(i) ? widen(x.get(i)) - pivot[i] : A(0));
   }
 }
 
@@ -689,7 +691,7 @@ __device__ void normalise(const Block& b, const Vector<T>& x, const Place<T, kMa
   for (int i = 0; i < Vector<T>::kSize; ++i) normal[i] = (widen(x.get(i)) - r[i].mean) * r[i].scale + r[i].shift;
   const Vector<T> y = make_vector<T>(normal);
   T* const to = static_cast<T*>(b.a.call.y) + place.element;
-  if (place.whole()) {
+  if (!kMasked || place.count() == Vector<T>::kSize) {
     store_vector(reinterpret_cast<Vector<T>*>(to), y, b.a.plan.streamed > 0);
   } else {
 #pragma unroll
@@ -726,7 +728,7 @@ __device__ void for_each_vector(const Vector<T>* tile, unsigned first, unsigned 
 // What lies past the end of x is not read.
 template <typename T, bool kMasked>
 __device__ bool inside(const Block& b, const Place<T, kMasked>& from) {
-  return from.whole() || from.element + Vector<T>::kSize <= b.a.call.N * b.a.call.C * b.a.call.HW;
+  return !kMasked || from.element + Vector<T>::kSize <= b.a.call.N * b.a.call.C * b.a.call.HW;
 }
 
 // Loads one vector of x: into a register, or some time later into shared memory.
@@ -1119,7 +1121,8 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
   const int split = kPacked ? min(int((first + 1) * call.HW - element_of(threadIdx.x)), kSize) : kSize;
   const auto pick = [&](const auto* values) { return Pick<std::decay_t<decltype(*values)>>{values[first], values[next], split}; };
 
-  // Calls use(vector, place) for this thread's first kHeld vectors, in registers; for the others, in shared memory.
+  // Calls use(vector, place) for this thread's first kHeld vectors, in registers; for one of two groups of the others, in shared
+  // memory, the first of which can be summed while the second still lands.
   const unsigned end = threadIdx.x < p.threads ? share.count : 0, behind = kHeld * p.threads;
   const Place<T, kMasked> own(b, share, threadIdx.x);
   const auto place_of = [&](unsigned v, int i) {
@@ -1136,19 +1139,24 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
       if (v < end) use(held[i], place_of(v, i));
     }
   };
-  const auto each_kept = [&](auto use) {
-    int i = kHeld;
+  const auto each_kept = [&](int group, auto use) {
+    int i = kHeld + (group == 0 ? 0 : p.early);
+    const unsigned stop = group == 0 ? min(end, behind + p.early * p.threads) : end;
 #pragma unroll 2
-    for (unsigned v = threadIdx.x + behind; v < end; v += p.threads, ++i) use(kept[v - behind], place_of(v, i));
+    for (unsigned v = threadIdx.x + i * p.threads; v < stop; v += p.threads, ++i) use(kept[v - behind], place_of(v, i));
   };
 
   const Policy policy = make_policy(Keep::kLast);
   each_held([&](Vector<T>& x, const auto& place) { x = load(b, place, policy); });
-  each_kept([&](Vector<T>& x, const auto& place) { fetch(b, place, &x, policy); });
+#pragma unroll 1
+  for (int group = 0; group < 2; ++group) {
+    each_kept(group, [&](Vector<T>& x, const auto& place) { fetch(b, place, &x, policy); });
+    copies_commit();
+  }
   if (p.cluster) cluster_wait();
   if (!call.training) {
     if (leads) results[warp] = parameters.result(parameters.running_mean.value(call.running_float), rsqrt(parameters.running_var.value(call.running_float) + call.eps));
-    copies_wait();
+    copies_wait<0>();
   } else {
     Pick<A> pivot = same<T>(pivot_of(widen(sample)));
     if (kPacked) {
@@ -1159,8 +1167,12 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
     Sums<A> part[kSize];
     const auto add = [&](const Vector<T>& x, const auto& place) { add_vector(part, x, place, pivot); };
     each_held(add);
-    copies_wait();
-    each_kept(add);
+    copies_wait<1>();
+#pragma unroll 1
+    for (int group = 0; group < 2; ++group) {
+      each_kept(group, add);
+      copies_wait<0>();
+    }
     if (kPacked) {
       partial[threadIdx.x] = {add_up(part, 0, split), add_up(part, split, kSize), 0};
     } else {
@@ -1201,7 +1213,8 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
   const Pick<Result<A>> result = pick(results);
   const auto store = [&](const Vector<T>& x, const auto& place) { normalise(b, x, place, result); };
   each_held(store);
-  each_kept(store);
+#pragma unroll 1
+  for (int group = 0; group < 2; ++group) each_kept(group, store);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1339,6 +1352,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
     }
     p.statistics = int(ceil_div(p.threads, 32));
     p.kept_vectors = unsigned(std::max<int64_t>(int64_t(p.tile_vectors) - int64_t(resident_held(size, p.pack > 1)) * p.threads, 0));
+    p.early = int(p.kept_vectors / (2 * p.threads));
     const int64_t sums = p.pack > 1 ? 32 * p.statistics * sizeof(Pick<Sums<float>>) : 0;
     const int64_t bytes = int64_t(p.kept_vectors) * kVectorBytes + kResidentOverheadBytes + sums;
     p.shared_bytes = int(bytes);

@@ -15,7 +15,8 @@ __forceinline__ void copy_bulk(void* shared, const void* global, unsigned bytes,
 }
 __forceinline__ void copy_16(void* shared, const void* global, Policy) { emulator::copy_16(shared, global); }
 __forceinline__ void copies_arrive(Barrier* b) { emulator::copies_arrive(b); }
-__forceinline__ void copies_wait() { emulator::copies_wait(); }
+__forceinline__ void copies_commit() { emulator::copies_commit(); }
+template <int kOnTheirWay> __forceinline__ void copies_wait() { emulator::copies_wait(kOnTheirWay); }
 __forceinline__ void cluster_arrive() { emulator::cluster_arrive(); }
 __forceinline__ void cluster_wait() { emulator::cluster_wait(); }
 template <typename V> __forceinline__ void send_to_peer(V* shared, int rank, const V& value, Barrier* b) {

@@ -43,7 +43,8 @@ void copies_arrive(uint64_t* barrier);
 void send_to_peer(void* shared, unsigned rank, const void* value, uint64_t* barrier);
 void barrier_wait_for_peers(uint64_t* barrier, unsigned parity);
 // ... or that their thread waits for.
-void copies_wait();
+void copies_commit();
+void copies_wait(unsigned groups_on_their_way);
 
 // Relaxed 16-byte accesses: atomic, so no data race among themselves, but they order nothing else.
 void load_atomic(void* value, const void* address, size_t bytes);

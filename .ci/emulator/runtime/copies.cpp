@@ -187,17 +187,27 @@ void copies_arrive(uint64_t* barrier) {
   for (const Fibre::Piece& piece : current->untracked) track(piece.to, piece.bytes, mark);
   machine.in_flight.push_back({&block, offset_of(barrier, 8, "", place), std::move(current->untracked), 0, true});
   current->untracked.clear();
+  current->groups.clear();
+}
+
+void copies_commit() {
+  if (machine.device.capability >= 80) current->groups.push_back(current->untracked.size());
 }
 
 // The thread has seen what it waited for, as if it had just written it itself.
-void copies_wait() {
-  if (machine.device.capability < 80) return;
+void copies_wait(unsigned groups_on_their_way) {
   preempt();
-  for (const Fibre::Piece& piece : current->untracked) {
-    memcpy(piece.to, piece.from, piece.bytes);
-    track(piece.to, piece.bytes, now(*current, false));
+  auto& pieces = current->untracked;
+  auto& groups = current->groups;
+  if (groups.size() <= groups_on_their_way) return;
+  const size_t done = groups.size() - groups_on_their_way, landed = groups[done - 1];
+  for (size_t i = 0; i < landed; ++i) {
+    memcpy(pieces[i].to, pieces[i].from, pieces[i].bytes);
+    track(pieces[i].to, pieces[i].bytes, now(*current, false));
   }
-  current->untracked.clear();
+  pieces.erase(pieces.begin(), pieces.begin() + landed);
+  groups.erase(groups.begin(), groups.begin() + done);
+  for (size_t& group : groups) group -= landed;
 }
 
 void land(size_t which) {

@@ -67,7 +67,8 @@ struct Fibre {
   uint64_t result = 0;          // what a shuffle brought
   Clock clock;
   struct Piece { unsigned char* to; const unsigned char* from; unsigned bytes; };
-  std::vector<Piece> untracked; // its copy_16s since the last copies_arrive or copies_wait
+  std::vector<Piece> untracked; // its copy_16s that no copies_arrive tracks and no copies_wait has awaited
+  std::vector<size_t> groups;   // how many of them there were at each copies_commit
   unsigned arrivals[kLevels] = {};         // at barriers of its Groups
   bool arrived[kLevels] = {};              // ... and has not waited since
 };
