@@ -1373,7 +1373,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
       return resident(std::max<int64_t>(ceil_div(bytes, std::min(kEvalBytes, half_bytes - 2 * kResidentOverheadBytes)), 1), false);
     if (call.cumulative && call.num_batches_tracked) return false;  // all must read the counter before it counts
     const int64_t slots = 2 * device.multiprocessors, packs = std::max<int64_t>(p.packs, 1);
-    // One block a channel, where channels are small, or so many that each multiprocessor has several.
+    // One block a channel, where channels are small, or so many that each multiprocessor has three; without clusters, every other one.
     if ((bytes <= 8 * kRoundBytes || 2 * packs >= 3 * slots || (most_cluster == 1 && 4 * packs >= slots)) && resident(1, false)) return true;
     // All channels at once, by blocks that are all there at once, where clusters would be too few: the fewer the sooner together.
     if (p.pack == 1 && (packs * most_cluster < device.multiprocessors || most_cluster == 1))
