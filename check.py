@@ -1079,8 +1079,7 @@ def judge_environment(process: subprocess.Popen, pattern: str) -> str:
 
 # -------------------------------------------------------------------------------------------------- compilation
 
-# Architectures that the text does not tell apart: one PTX, that of the first, and machine code for each.
-FAMILIES = ((75,), (80, 86, 89), (90,), (100, 120))
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 
 def build_arguments(text: str) -> dict:
@@ -1091,39 +1090,23 @@ def build_arguments(text: str) -> dict:
     return load_inline.call_args.kwargs
 
 
-def compile_for(family: list[int], nvcc: str, source: Path, flags: list[str]) -> dict[int, str]:
-    """Compiles the CUDA text for some architectures of a family; what ptxas says of each, and how long they took together."""
+def compile_for(architecture: int, nvcc: str, source: Path, flags: list[str]) -> str:
+    """Compiles the CUDA text for one architecture; registers and spills of its kernels."""
     start = time.perf_counter()
-    targets = [f"-gencode=arch=compute_{family[0]},code=sm_{a}" for a in family]
-    command = [nvcc, *flags, "-Xptxas", "-v", *targets, "-fatbin", "-o", str(source.with_suffix(f".{family[0]}")), str(source)]
+    command = [nvcc, *flags, "-Xptxas", "-v", f"-arch=sm_{architecture}", "-cubin", "-o", str(source.with_suffix(f".{architecture}")), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, (re.findall(r".*error.*", done.stderr) or [done.stderr[-300:]])[0]
-    took = f"{time.perf_counter() - start:.1f} s" + (f" for {len(family)} architectures" if len(family) > 1 else "")
-    said = re.split(r"^ptxas info\s*: Compiling entry function", done.stderr, flags=re.M)[1:]
-    return {a: "".join(kernel for kernel in said if f"for 'sm_{a}'" in kernel) + took for a in family}
-
-
-def registers_and_spills(said: str) -> str:
-    """Of the kernels of one architecture, from what compile_for returns."""
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)] or [0]
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said))
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)] or [0]
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr))
     assert min(registers) >= 24, f"a kernel of {min(registers)} registers: compiled away, or down to a trap"
     assert spills == 0, f"{spills} bytes of registers spilled ({len(registers)} kernels, up to {max(registers)} registers)"
-    return f"{len(registers)} kernels, up to {max(registers)} registers, no spills, {said.splitlines()[-1]}"
-
-
-def check_families(cuda: str) -> str:
-    """That FAMILIES is right; the architectures from which on the text is another."""
-    told = {int(n) // 10 for n in re.findall(r"__CUDA_ARCH__ *[<>=!]+ *(\d+)", cuda)} | {int(n) for n in re.findall(r"architecture *[<>=!]+ *(\d+)", cuda)}
-    expected = [family[0] for family in FAMILIES]
-    assert told and told <= set(expected), f"the text asks for {sorted(told)}; compile for each of them, not only for {expected}"
-    return ", ".join(map(str, sorted(told)))
+    return f"{len(registers)} kernels, up to {max(registers)} registers, no spills, {time.perf_counter() - start:.1f} s"
 
 
 def check_compilation(report: Report, text: str) -> None:
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout if Path(nvcc).exists() else ""
-    wanted = [a for family in FAMILIES for a in family if report.wants(f"sm_{a}")]
+    wanted = [a for a in ARCHITECTURES if report.wants(f"sm_{a}")]
     for a in wanted:
         if f"sm_{a}" not in known:
             report.add(f"sm_{a}", "skip", "this nvcc is too old for it" if known else "no nvcc")
@@ -1133,15 +1116,9 @@ def check_compilation(report: Report, text: str) -> None:
     with tempfile.TemporaryDirectory() as scratch, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
         source = Path(scratch) / "fused_batch_norm.cu"
         source.write_text("\n".join(arguments["cuda_sources"]))
-        compiling = []
-        for family in sorted(FAMILIES, key=len, reverse=True):  # the longest first
-            now = [a for a in family if a in wanted and f"sm_{a}" in known]
-            if now:
-                compiling.append((now, threads.submit(compile_for, now, nvcc, source, flags)))
-        for now, future in sorted(compiling, key=lambda job: job[0]):
-            for a in now:
-                report.add(f"sm_{a}", *outcome(lambda a=a: registers_and_spills(future.result()[a])))
-    report.run("architectures that the text tells apart", lambda: check_families("".join(arguments["cuda_sources"])))
+        compiling = [(a, threads.submit(outcome, lambda a=a: compile_for(a, nvcc, source, flags))) for a in wanted if f"sm_{a}" in known]
+        for a, future in compiling:
+            report.add(f"sm_{a}", *future.result())
 
 
 # -------------------------------------------------------------------------------------------------- speed
