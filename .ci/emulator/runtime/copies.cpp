@@ -22,8 +22,7 @@ static Mbarrier& find(const uint64_t* barrier, const void* place, Block& block =
   const auto found = block.barriers.find(offset_of(barrier, 8, "an mbarrier", place));
   if (found == block.barriers.end()) fail("barrier", name_of(*current) + " uses an mbarrier that nobody has initialised", place);
   Mbarrier& b = found->second;
-  const bool seen = &block == current->block ? has_seen(*current, b.initialised)
-                                             : current->clock.at[machine.launch.threads + kCopyAgents + kCluster] >= b.shown;
+  const bool seen = &block == current->block ? has_seen(*current, b.initialised) : barriers_known(*current, kCluster) >= b.shown;
   if (!seen) fail("data race", name_of(*current) + " uses an mbarrier, unordered with its initialisation", place);
   if (!b.fenced && b.initialised_by != current)
     fail("barrier", name_of(*current) + " uses an mbarrier whose initialisation no barrier_init_fence published", place);
@@ -150,16 +149,15 @@ void send_to_peer(void* shared, unsigned rank, const void* value, uint64_t* barr
                         std::to_string(machine.launch.cluster), place);
   const uint32_t offset = offset_of(shared, 16, "a message", place);
   require_aligned(shared, 16, Access::kWrite, place);
-  Block* const peer = machine.slots[current->block->slot - current->block->rank() + rank].get();
-  if (peer == nullptr) fail("cluster", name_of(*current) + " sends to block " + std::to_string(rank) + " of its cluster, which has returned", place);
-  Mbarrier& b = find(barrier, place, *peer);
-  unsigned char* const to = peer->shared + offset;
-  access(to, 16, Access::kWrite, false, copy_epoch(*peer, b, place), place);
+  unsigned char* const to = shared_of(current->block->slot - current->block->rank() + rank) + offset;
+  Block& peer = visit(rank, uintptr_t(to), Access::kWrite, place);
+  Mbarrier& b = find(barrier, place, peer);
+  access(to, 16, Access::kWrite, false, copy_epoch(peer, b, place), place);
   poison(to, 16);
   b.from_peers = true;
   ++b.copies;
   const auto* const bytes = static_cast<const unsigned char*>(value);
-  machine.in_flight.push_back({peer, offset_of(barrier, 8, "", place), {{to, nullptr, 16}}, 16, false, {bytes, bytes + 16}});
+  machine.in_flight.push_back({&peer, offset_of(barrier, 8, "", place), {{to, nullptr, 16}}, 16, false, {bytes, bytes + 16}});
 }
 
 void copy_16(void* shared, const void* global) {

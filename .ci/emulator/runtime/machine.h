@@ -190,6 +190,8 @@ void require_aligned(const void* address, size_t alignment, Access kind, const v
 Epoch now(const Fibre& fibre, bool atomic);
 Epoch epoch(const Block& block, unsigned participant, Time time, bool atomic);
 bool has_seen(const Fibre& fibre, Epoch epoch);
+unsigned barriers_known(const Fibre& fibre, Level level);  // to be complete
+Block& visit(unsigned rank, uintptr_t address, Access kind, const void* place);  // of the cluster: must run; the address is in it
 void track(const void* address, size_t bytes, Epoch mark);  // copied bytes: somebody will have seen them, from now on
 void poison(void* address, size_t bytes);
 std::vector<Range>& ranges();

@@ -44,7 +44,7 @@ Epoch now(const Fibre& fibre, bool atomic) {
 
 static unsigned block_of(Epoch e) { return e >> 36 & (kMaxBlocks - 1); }
 
-static unsigned barriers_known(const Fibre& fibre, int level) {
+unsigned barriers_known(const Fibre& fibre, Level level) {
   return fibre.clock.at[machine.launch.threads + kCopyAgents + level];
 }
 
@@ -106,8 +106,8 @@ static std::string name_of_address(uintptr_t address) {
   return hex(address);
 }
 
-// Another block's shared memory, which is there from the start to the end of that block.
-static Block& visit(unsigned rank, uintptr_t address, Access kind, const void* place) {
+// Another block's shared memory is there from the start to the end of that block.
+Block& visit(unsigned rank, uintptr_t address, Access kind, const void* place) {
   Block* const peer = machine.slots[first_slot() + rank].get();
   if (peer == nullptr) fail_access("cluster", kind, name_of_address(address), ", which has returned", place);
   if (barriers_known(*current, kCluster) == 0)
