@@ -82,7 +82,6 @@ namespace {
 // ---------------------------------------------------------------------------------------------
 constexpr int kVectorBytes = 16;      // one access of one thread
 constexpr int kAtOnce = 4;            // vectors that a lane has on their way from shared memory
-constexpr int kAtOnceHolding = 2;     // the same where most registers hold tiles
 // Resident and packed
 constexpr int kResidentThreads = 512; // at most, in a block of which a multiprocessor takes two
 constexpr int kPackedThreads = 448;   // the same, since two channels a vector take more registers
@@ -95,19 +94,14 @@ constexpr int kMaxCluster = 8;        // blocks, that any GPU with clusters take
 constexpr int kMaxPack = 8;           // channels that lie side by side in a packed plane
 // Ring and hold
 constexpr int kRingThreads = 512;     // at most, in a block that has a multiprocessor to itself
-constexpr int kHoldThreads = 384;     // 12 warps with 168 registers a thread, for channels that the ring cannot hold
+constexpr int kHoldThreads = 384;     // the same where they hold tiles, in 168 registers each
 constexpr int kMaxSlots = 32;         // tiles in a block's ring: more barriers take longer to set up than they win
 constexpr int kOverheadBytes = 6144;  // of shared memory, for all but the ring
 constexpr int kTeamPerLane = 5;       // blocks that one lane of an exchange warp listens to: teams of up to 160
-// What a warp keeps in registers, as much as spills nothing: tiles, and vectors a lane of a tile.
+constexpr int kHoldVectors = 2;       // that a thread holds of a tile
+// Tiles that it holds: as many as spill nothing.
 template <typename T, bool kMasked>
-constexpr int kHeldTiles = kMasked || sizeof(T) != 4 ? 1 : 2;
-constexpr int held_vectors(int architecture) { return architecture < 100 ? 15 : 14; }
-#ifdef __CUDA_ARCH__
-constexpr int kHeldVectors = held_vectors(__CUDA_ARCH__ / 10);
-#else
-constexpr int kHeldVectors = held_vectors(0);
-#endif
+constexpr int kHeldTiles = kMasked || sizeof(T) != 4 ? 10 : 14;
 
 // ---------------------------------------------------------------------------------------------
 // The hardware: all that is not plain CUDA C++, each in one function
@@ -449,18 +443,18 @@ struct Plan {
   Divisor by_team;
   int cluster;           // the team is a thread-block cluster
   int cooperative;       // all blocks resident, with a barrier across the grid
-  int producers, exchangers, storers, statistics;  // warps of each role
+  int exchangers, producers, storers, statistics;  // warps of each role, in this order
   unsigned plane_vectors, channel_vectors;         // 16-byte vectors that cover one plane; those of all N planes
   Divisor by_plane_vectors;
   unsigned tile_vectors; // vectors of a tile
   unsigned step_vectors, step_offset;  // from a block's tile to its next: vectors in all, beyond whole planes,
   int64_t step_elements;               // and the elements of x that those planes are apart; packed: from a thread's vector to its next
   int tiles;             // tiles of one channel in one block, in this order:
-  int held;              // ... kept in registers, as many by each statistics warp
+  int held;              // ... kept in registers
   int streamed;          // ... let go after the sums and read again; the rest stays in the ring
-  int slots;             // tiles that the ring has room for: a multiple of the warps where each has tiles of its own
+  int slots;             // tiles that the ring has room for
   int channel_slots;     // channels that can be under way in a block
-  unsigned threads;      // of a resident block, that take vectors
+  unsigned threads;      // of a resident block, behind the exchangers', that take vectors
   unsigned kept_vectors; // of its tile, in shared memory
   int early;             // ... of each thread, that it sums before the others have landed
   Divisor by_turn;       // teams that start at once: a turn
@@ -872,83 +866,75 @@ __device__ void summarise(const Block& b, int warp, T sample) {
   }
 }
 
-// Statistics and store in one, for channels that the ring cannot hold: each warp keeps its first tiles in registers,
-// its last in the ring, lets the others go, and when the result is there stores the first, then the last, and reads
-// the others again. `tiles` is a multiple of the warps, so a slot of the ring is the same warp's in every round.
+// Statistics and store in one, for channels that the ring cannot hold: each thread keeps its vectors of the first tiles in
+// registers, leaves the last tiles in the ring, lets the others go, and when the result is there stores the first, then the
+// last, and reads the others again.
 template <typename T, bool kMasked>
 __device__ void hold(const Block& b, int warp, T sample) {
   using A = typename Accumulator<T>::type;
   constexpr int kTiles = kHeldTiles<T, kMasked>;
   const Plan& p = b.a.plan;
+  const unsigned lane = warp * 32 + b.lane, lanes = p.statistics * 32;
+  const int kept = p.held + p.streamed;  // the first of the tiles that stay in the ring
   RingPosition position, at;
-  position.advance(warp, p.slots);
   for (int64_t channel = b.first_channel; channel < b.a.call.C; channel += p.teams) {
-    Vector<T> held[kTiles][kHeldVectors];
-    Summary<T, kMasked, kAtOnceHolding> summary{b, pivot_of(widen(sample))};
-    sample = load_sample<T>(b, channel + p.teams);
-    int t = warp;
+    Vector<T> held[kTiles][kHoldVectors];
+    // Calls use(vector, v) for this thread's vectors of one of the tiles in registers.
+    const auto each_held = [&](Vector<T> (&vectors)[kHoldVectors], const Tile& tile, auto use) {
 #pragma unroll
-    for (int h = 0; h < kTiles; ++h, t += p.statistics) {
-      barrier_wait(&b.shared.full[position.slot], position.parity);
-      const Tile tile(b, channel, t);
-      const Vector<T>* const vectors = tile_at<T>(b, position.slot);
-      Sums<A> part[2];
-#pragma unroll
-      for (int i = 0; i < kHeldVectors; ++i) {
-        const unsigned v = b.lane + 32 * i;
-        if (v < tile.count) {
-          held[h][i] = vectors[v];
-          add_vector(part, held[h][i], Place<T, kMasked>(b, tile, v), same<T>(summary.pivot));
-        }
+      for (int i = 0; i < kHoldVectors; ++i) {
+        const unsigned v = lane + lanes * i;
+        if (v < tile.count) use(vectors[i], v);
       }
+    };
+    Summary<T, kMasked, kHoldVectors> summary{b, pivot_of(widen(sample))};
+    sample = load_sample<T>(b, channel + p.teams);
+    Tile tile(b, channel, 0);
+#pragma unroll
+    for (int h = 0; h < kTiles; ++h, tile.advance(b)) {
+      barrier_wait(&b.shared.full[position.slot], position.parity);
+      Sums<A> part[2];
+      each_held(held[h], tile, [&](Vector<T>& x, unsigned v) {
+        x = tile_at<T>(b, position.slot)[v];
+        add_vector(part, x, Place<T, kMasked>(b, tile, v), same<T>(summary.pivot));
+      });
       summary.sums.add(add_up(part));
       release(b, position.slot);
-      position.advance(p.statistics, p.slots);
+      position.advance(1, p.slots);
     }
-    RingPosition resident;
-    for (; t < p.tiles; t += p.statistics) {
+    RingPosition to_store;
+#pragma unroll 1
+    for (int t = p.held; t < p.tiles; ++t, tile.advance(b)) {
       barrier_wait(&b.shared.full[position.slot], position.parity);
-      const Tile tile(b, channel, t);
-      summary.add(tile_at<T>(b, position.slot), tile, b.lane, 32);
-      if (t < p.held + p.streamed) release(b, position.slot);
-      else if (t < p.held + p.streamed + p.statistics) resident = position;
-      position.advance(p.statistics, p.slots);
+      summary.add(tile_at<T>(b, position.slot), tile, lane, lanes);
+      if (t < kept) release(b, position.slot);
+      else if (t == kept) to_store = position;
+      position.advance(1, p.slots);
     }
     summary.publish(partial_at<A>(b, at.slot, warp), &b.shared.summed[at.slot]);
 
     const auto result = same<T>(wait_for_result<A>(b, at));
     at.advance(1, p.channel_slots);
     // As soon as a tile in registers is stored, a streamed one comes into its place; meanwhile the ring's are stored.
-    const int end = p.held + p.streamed;
+    Tile stored(b, channel, 0);
 #pragma unroll 1
-    for (int first = warp; first < end; first += p.held) {
+    for (int first = 0; first < kept; first += p.held) {
 #pragma unroll
-      for (int h = 0; h < kTiles; ++h) {
-        const int stored = first + h * p.statistics, next = stored + p.held;
-        if (stored < end) {
-          const Tile tile(b, channel, stored);
-#pragma unroll
-          for (int i = 0; i < kHeldVectors; ++i) {
-            const unsigned v = b.lane + 32 * i;
-            if (v < tile.count) normalise(b, held[h][i], Place<T, kMasked>(b, tile, v), result);
-          }
-        }
-        if (next < end) {
-          const Tile tile(b, channel, next);
-          const Policy policy = make_policy(Keep::kFirst);
-#pragma unroll
-          for (int i = 0; i < kHeldVectors; ++i) {
-            const unsigned v = b.lane + 32 * i;
-            if (v < tile.count) held[h][i] = load(b, Place<T, kMasked>(b, tile, v), policy);
-          }
+      for (int h = 0; h < kTiles; ++h, stored.advance(b)) {
+        if (first + h < kept)
+          each_held(held[h], stored, [&](const Vector<T>& x, unsigned v) { normalise(b, x, Place<T, kMasked>(b, stored, v), result); });
+        if (const int next = first + h + p.held; next < kept) {
+          const Tile streamed(b, channel, next);
+          each_held(held[h], streamed, [&](Vector<T>& x, unsigned v) { x = load(b, Place<T, kMasked>(b, streamed, v), make_policy(Keep::kFirst)); });
         }
       }
-      for (t = end + warp; first == warp && t < p.tiles; t += p.statistics) {
-        const Tile tile(b, channel, t);
-        for_each_vector<kAtOnceHolding>(tile_at<T>(b, resident.slot), b.lane, tile.count, 32,
-                        [&](unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, kMasked>(b, tile, v), result); });
-        release(b, resident.slot);
-        resident.advance(p.statistics, p.slots);
+      if (first > 0) continue;
+      tile = Tile(b, channel, kept);
+      for (int t = kept; t < p.tiles; ++t, tile.advance(b)) {
+        for_each_vector<kHoldVectors>(tile_at<T>(b, to_store.slot), lane, tile.count, lanes,
+                                      [&](unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, kMasked>(b, tile, v), result); });
+        release(b, to_store.slot);
+        to_store.advance(1, p.slots);
       }
     }
   }
@@ -1123,8 +1109,8 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
 
   // Calls use(vector, place) for this thread's first kHeld vectors, in registers; for one of two groups of the others, in shared
   // memory, the first of which can be summed while the second still lands.
-  const unsigned end = threadIdx.x < p.threads ? share.count : 0, behind = kHeld * p.threads;
-  const Place<T, kMasked> own(b, share, threadIdx.x);
+  const unsigned thread = threadIdx.x - 32 * p.exchangers, end = thread < p.threads ? share.count : 0, behind = kHeld * p.threads;
+  const Place<T, kMasked> own(b, share, thread);
   const auto place_of = [&](unsigned v, int i) {
     if (!kPacked) return Place<T, kMasked>(b, share, v);
     Place<T, kMasked> place = own;
@@ -1135,7 +1121,7 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
   const auto each_held = [&](auto use) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      const unsigned v = threadIdx.x + i * p.threads;
+      const unsigned v = thread + i * p.threads;
       if (v < end) use(held[i], place_of(v, i));
     }
   };
@@ -1143,7 +1129,7 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
     int i = kHeld + (group == 0 ? 0 : p.early);
     const unsigned stop = group == 0 ? min(end, behind + p.early * p.threads) : end;
 #pragma unroll 2
-    for (unsigned v = threadIdx.x + i * p.threads; v < stop; v += p.threads, ++i) use(kept[v - behind], place_of(v, i));
+    for (unsigned v = thread + i * p.threads; v < stop; v += p.threads, ++i) use(kept[v - behind], place_of(v, i));
   };
 
   const Policy policy = make_policy(Keep::kLast);
@@ -1235,7 +1221,7 @@ __global__ void __launch_bounds__(kBlockThreads<kStructure>, kStructure <= kPack
     const int warps = blockDim.x / 32;
     for (int s = warp; s < p.slots; s += warps) {
       barrier_init(&b.shared.full[s], p.bulk ? 1 : p.producers * 64);
-      barrier_init(&b.shared.empty[s], 32 * max(p.storers, 1));  // one warp, where warps hold tiles
+      barrier_init(&b.shared.empty[s], 32 * (p.storers > 0 ? p.storers : p.statistics));
     }
     for (int s = warp; s < p.channel_slots; s += warps) {
       barrier_init(&b.shared.summed[s], 32 * p.statistics);
@@ -1259,23 +1245,22 @@ __global__ void __launch_bounds__(kBlockThreads<kStructure>, kStructure <= kPack
   if constexpr (kStructure <= kPacked) return resident<T, kMasked, kStructure == kPacked>(b, wait_for_grid);
 
   __syncthreads();  // else a warp may wait on a barrier that is not there yet
-  const auto sample = load_sample<T>(b, warp < p.producers ? call.C : b.first_channel);
-  Producer<T, kMasked> producer(b, warp);
-  if (warp < p.producers) producer.run(p.in_flight);  // the first tiles travel while the grid gathers
+  int role = warp - p.exchangers;  // warp 0 loads nothing: the grid's barrier has kept its first thread
+  const auto sample = load_sample<T>(b, role < p.producers ? call.C : b.first_channel);
+  Producer<T, kMasked> producer(b, role);
+  if (role >= 0 && role < p.producers) producer.run(p.in_flight);  // the first tiles travel while the grid gathers
   wait_for_grid();
 
-  int role = warp;
-  if (role < p.producers) {
+  if (role < 0) {
+    finish<T>(b, warp, factor);
+  } else if (role < p.producers) {
     producer.run(-1);
   } else if ((role -= p.producers) < p.storers) {
     if constexpr (kStructure == kRing) store<T, kMasked>(b, role);
-  } else if ((role -= p.storers) < p.statistics) {
-    if constexpr (kStructure == kHold)
-      hold<T, kMasked>(b, role, sample);
-    else
-      summarise<T, kMasked>(b, role, sample);
   } else {
-    finish<T>(b, role - p.statistics, factor);
+    role -= p.storers;
+    if constexpr (kStructure == kHold) hold<T, kMasked>(b, role, sample);
+    else summarise<T, kMasked>(b, role, sample);
   }
 }
 
@@ -1307,7 +1292,7 @@ Divisor divisor(int64_t d) {
   return by;
 }
 
-// `size`: elements of a vector; `masked`: planes do not start and end at vectors; `held_tiles`: that a warp can hold.
+// `size`: elements of a vector; `masked`: planes do not start and end at vectors; `held_tiles`: that stay in registers.
 Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, bool masked, int held_tiles) {
   Plan bare = {};
   bare.per_element = 1 / (double(call.N) * double(call.HW));
@@ -1348,19 +1333,22 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
       p.step_elements = planes * p.packs * p.plane;
     } else {
       set_tiles(ceil_div(ceil_div(std::max(p.channel_vectors, 1u), team), 8) * 8);  // whole 128-byte lines
-      p.threads = unsigned(std::min<int64_t>(ceil_div(p.tile_vectors, 32 * kResidentVectors) * 32, kResidentThreads));
+      p.threads = unsigned(std::min<int64_t>(ceil_div(p.tile_vectors, 32 * kResidentVectors) * 32, kResidentThreads - 32 * cooperative));
     }
+    p.exchangers = cooperative;
     p.statistics = int(ceil_div(p.threads, 32));
     p.kept_vectors = unsigned(std::max<int64_t>(int64_t(p.tile_vectors) - int64_t(resident_held(size, p.pack > 1)) * p.threads, 0));
     p.early = int(p.kept_vectors / (2 * p.threads));
     const int64_t sums = p.pack > 1 ? 32 * p.statistics * sizeof(Pick<Sums<float>>) : 0;
     const int64_t bytes = int64_t(p.kept_vectors) * kVectorBytes + kResidentOverheadBytes + sums;
-    p.shared_bytes = int(bytes);
     // A turn: a block for each multiprocessor. The next one starts when memory has had the time to read what this one waits for.
     // Not where memory reads all of x in little more time than the last turn then sums and stores.
     const int turn = int(std::max<int64_t>(device.multiprocessors / team, 1));
     p.by_turn = divisor(turn);
     p.turns = int(std::min<int64_t>({device.shared_bytes / (bytes + device.reserved_bytes), 2 * kResidentThreads / (32 * p.statistics), 32}));
+    // No block more at once than turns, else those that come in later waves would start out of turn.
+    const bool waves = int64_t(p.teams) * team > int64_t(p.turns) * device.multiprocessors;
+    p.shared_bytes = int(waves ? std::max(bytes, std::min<int64_t>(half_bytes, device.shared_bytes / (p.turns + 1))) : bytes);
     const int64_t cycles = int64_t(p.teams) * team * p.tile_vectors * kVectorBytes / (kBytesPerCycle * device.multiprocessors);
     if (!call.training || cooperative || cycles < kTurnsCycles) p.turns = 0;
     p.turn_cycles = int(int64_t(p.tile_vectors) * kVectorBytes / kBytesPerCycle);
@@ -1418,8 +1406,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
   p.cooperative = p.team > 1 || (call.cumulative && call.num_batches_tracked);
   p.scratch_words = p.team > 1 ? call.C * (p.team + 1) : 0;
 
-  // Roles, and tiles of equal size. Where a tile is one warp's, tiles and slots come in whole turns of the warps: then a
-  // slot is the same warp's in every round, and that warp sees each of its phases.
+  // Roles, and tiles of equal size.
   p.bulk = device.architecture >= 90 && p.plane_vectors >= 32;
   const int64_t share = ceil_div(p.channel_vectors, p.team);
   const auto lay_out = [&](bool hold) {
@@ -1428,15 +1415,12 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
     p.storers = hold ? 0 : 4;
     p.statistics = hold ? 10 : 4;
     p.exchangers = hold ? 1 : p.team > 1 && p.bulk ? 6 : 4;
-    const int turn = hold ? p.statistics : 1;
-    const int64_t most_bytes = std::min<int64_t>(hold ? held_vectors(device.architecture) * 32 * kVectorBytes : kTileBytes, std::max<int64_t>(ring_bytes / (hold ? turn : 4), kVectorBytes));
-    const int64_t most = most_bytes / kVectorBytes;
-    p.tiles = int(std::max<int64_t>(ceil_div(share, most), 1));
-    if (hold) {
-      p.tiles = int(std::max<int64_t>(ceil_div(p.tiles, turn), held_tiles)) * turn;
-      p.tile_vectors = unsigned(std::max<int64_t>(ceil_div(share, p.tiles), 1));
+    const int64_t lanes = 32 * p.statistics;
+    const int64_t most = std::min<int64_t>(hold ? kHoldVectors * lanes : kTileBytes / kVectorBytes, std::max<int64_t>(ring_bytes / (4 * kVectorBytes), 1));
+    p.tiles = int(std::max<int64_t>(ceil_div(share, most), hold ? held_tiles : 1));
+    if (hold) {  // whole warps: each then stores 512 bytes that start at a multiple of 512
+      p.tile_vectors = unsigned(std::min(std::max<int64_t>(ceil_div(ceil_div(share, p.tiles), 32) * 32, 1), most));
     } else {  // so many that they fill the ring, and keep all lanes of a role busy; rather few, for the barriers' sake
-      const int64_t lanes = 32 * p.statistics;
       int64_t best_score = -1;
       for (int64_t tiles = p.tiles; tiles <= 2 * p.tiles; ++tiles) {
         const int64_t vectors = std::min(std::max<int64_t>(ceil_div(ceil_div(share, tiles), 8) * 8, 1), most);  // whole 128-byte lines
@@ -1449,8 +1433,8 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
       }
       p.tiles = int(ceil_div(p.channel_vectors, int64_t(p.team) * p.tile_vectors));
     }
-    p.slots = int(std::min<int64_t>(ring_bytes / (int64_t(p.tile_vectors) * kVectorBytes), kMaxSlots)) / turn * turn;
-    p.held = hold ? held_tiles * p.statistics : 0;
+    p.slots = int(std::min<int64_t>(ring_bytes / (int64_t(p.tile_vectors) * kVectorBytes), kMaxSlots));
+    p.held = hold ? held_tiles : 0;
     p.streamed = hold ? std::max(p.tiles - p.held - p.slots, 0) : 0;
     return p.tiles + 4 <= p.slots;
   };

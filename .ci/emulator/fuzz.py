@@ -65,7 +65,7 @@ def draw(seed):
     pack = size // math.gcd(H * W, size) if r.random() < (0.4 if large else 0.8) else 1
     few, more = r.randint(1, multiprocessors), r.randint(multiprocessors + 1, 2 * multiprocessors + 1)
     packs = r.choice((few, few, more, more, more) if large else (1, few, more, more, more, r.randint(1, 300)))
-    ranges = ((-1.1, -0.6), (-1.1, -0.6), (-1, 1.6)) if large else ((-8, -2), (-3, 0), (-2, 0.5), (0, 3))
+    ranges = ((-1.1, -0.6), (-1.1, -0.6), (0, 0.2), (-1, 1.6)) if large else ((-8, -2), (-3, 0), (-2, 0.5), (0, 3))
     share = 2 ** r.uniform(*r.choice(ranges))
     most = 2 ** (17 if large else r.randint(13, 16))  # elements
     C = max(1, min(pack * packs, most // (H * W)))
