@@ -1090,17 +1090,31 @@ def build_arguments(text: str) -> dict:
     return load_inline.call_args.kwargs
 
 
-def compile_for(architecture: int, nvcc: str, source: Path, flags: list[str]) -> str:
-    """Compiles the CUDA text for one architecture; registers and spills of its kernels."""
+def families_of(architectures: list[int], cuda: str) -> list[list[int]]:
+    """Groups neighbours for which the text, and nvcc, make the same PTX: one compilation serves them all."""
+    borders = {int(number) // 10 for number in re.findall(r"__CUDA_ARCH__ *[<>=!]+ *(\d+)", cuda)} | {100}  # where nvcc 13 has another code generator
+    return [list(family) for _, family in itertools.groupby(architectures, lambda a: sum(border <= a for border in borders))]
+
+
+def compile_for(family: list[int], nvcc: str, source: Path, flags: list[str]) -> dict[int, str]:
+    """Compiles the CUDA text once for a family; what ptxas says of each of its architectures, and the seconds for all."""
     start = time.perf_counter()
-    command = [nvcc, *flags, "-Xptxas", "-v", f"-arch=sm_{architecture}", "-cubin", "-o", str(source.with_suffix(f".{architecture}")), str(source)]
+    targets = [f"-gencode=arch=compute_{family[0]},code=sm_{a}" for a in family]
+    command = [nvcc, *flags, "-Xptxas", "-v", *targets, "-fatbin", "-o", str(source.with_suffix(f".{family[0]}")), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, (re.findall(r".*error.*", done.stderr) or [done.stderr[-300:]])[0]
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)] or [0]
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr))
+    kernels = re.split(r"^ptxas info\s*: Compiling entry function", done.stderr, flags=re.M)[1:]
+    took = f"{time.perf_counter() - start:.1f} s" + (f" for {len(family)} architectures" if len(family) > 1 else "")
+    return {a: "".join(kernel for kernel in kernels if f"for 'sm_{a}'" in kernel) + took for a in family}
+
+
+def registers_and_spills(said: str) -> str:
+    """Of the kernels of one architecture, from what compile_for returns."""
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)] or [0]
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said))
     assert min(registers) >= 24, f"a kernel of {min(registers)} registers: compiled away, or down to a trap"
     assert spills == 0, f"{spills} bytes of registers spilled ({len(registers)} kernels, up to {max(registers)} registers)"
-    return f"{len(registers)} kernels, up to {max(registers)} registers, no spills, {time.perf_counter() - start:.1f} s"
+    return f"{len(registers)} kernels, up to {max(registers)} registers, no spills, {said.splitlines()[-1]}"
 
 
 def check_compilation(report: Report, text: str) -> None:
@@ -1111,14 +1125,16 @@ def check_compilation(report: Report, text: str) -> None:
         if f"sm_{a}" not in known:
             report.add(f"sm_{a}", "skip", "this nvcc is too old for it" if known else "no nvcc")
     arguments = build_arguments(text)
+    cuda = "\n".join(arguments["cuda_sources"])
     # torch's flags and the text's own, less those that choose an architecture
     flags = ["-std=c++17", *cpp_extension.COMMON_NVCC_FLAGS, *(f for f in arguments["extra_cuda_cflags"] if "arch" not in f)]
     with tempfile.TemporaryDirectory() as scratch, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
         source = Path(scratch) / "fused_batch_norm.cu"
-        source.write_text("\n".join(arguments["cuda_sources"]))
-        compiling = [(a, threads.submit(outcome, lambda a=a: compile_for(a, nvcc, source, flags))) for a in wanted if f"sm_{a}" in known]
-        for a, future in compiling:
-            report.add(f"sm_{a}", *future.result())
+        source.write_text(cuda)
+        families = families_of([a for a in wanted if f"sm_{a}" in known], cuda)
+        compiling = {family[0]: threads.submit(compile_for, family, nvcc, source, flags) for family in sorted(families, key=len, reverse=True)}
+        for family, a in ((family, a) for family in families for a in family):
+            report.add(f"sm_{a}", *outcome(lambda: registers_and_spills(compiling[family[0]].result()[a])))
 
 
 # -------------------------------------------------------------------------------------------------- speed

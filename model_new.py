@@ -99,9 +99,9 @@ constexpr int kMaxSlots = 32;         // tiles in a block's ring: more barriers 
 constexpr int kOverheadBytes = 6144;  // of shared memory, for all but the ring
 constexpr int kTeamPerLane = 5;       // blocks that one lane of an exchange warp listens to: teams of up to 160
 constexpr int kHoldVectors = 2;       // that a thread holds of a tile
-// Tiles that it holds: as many as spill nothing.
+// Tiles that it holds: as many as spill nothing, fewer where each is much code.
 template <typename T, bool kMasked>
-constexpr int kHeldTiles = kMasked || sizeof(T) != 4 ? 10 : 14;
+constexpr int kHeldTiles = kMasked ? 5 : sizeof(T) != 4 ? 10 : 14;
 
 // ---------------------------------------------------------------------------------------------
 // The hardware: all that is not plain CUDA C++, each in one function
