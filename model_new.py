@@ -101,7 +101,7 @@ constexpr int kTeamPerLane = 5;       // blocks that one lane of an exchange war
 constexpr int kHoldVectors = 2;       // that a thread holds of a tile
 // Tiles that it holds: as many as spill nothing, fewer where each is much code.
 template <typename T, bool kMasked>
-constexpr int kHeldTiles = kMasked ? 5 : sizeof(T) != 4 ? 10 : 14;
+constexpr int kHeldTiles = kMasked ? 7 : sizeof(T) != 4 ? 10 : 14;
 
 // ---------------------------------------------------------------------------------------------
 // The hardware: all that is not plain CUDA C++, each in one function
@@ -1128,7 +1128,7 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
   const auto each_kept = [&](int group, auto use) {
     int i = kHeld + (group == 0 ? 0 : p.early);
     const unsigned stop = group == 0 ? min(end, behind + p.early * p.threads) : end;
-#pragma unroll 2
+#pragma unroll 1
     for (unsigned v = thread + i * p.threads; v < stop; v += p.threads, ++i) use(kept[v - behind], place_of(v, i));
   };
 
