@@ -1528,9 +1528,9 @@ extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call, A
 extern "C" const char* fused_batch_norm_describe(const FusedBatchNormCall* call, char* text, size_t text_bytes) {
   return with_type(*call, [&](auto, const Plan& p) -> const char* {
     snprintf(text, text_bytes,
-             "structure=%d pack=%d bulk=%d team=%d teams=%d cooperative=%d producers=%d exchangers=%d storers=%d statistics=%d "
+             "structure=%d pack=%d bulk=%d team=%d teams=%d cooperative=%d exchangers=%d producers=%d storers=%d statistics=%d "
              "threads=%u turns=%d turn_cycles=%d tile_bytes=%d tiles=%d held=%d streamed=%d slots=%d in_flight=%d shared_bytes=%d scratch_bytes=%lld",
-             p.structure, p.pack, p.bulk, p.team, p.teams, p.cooperative, p.producers, p.exchangers, p.storers, p.statistics,
+             p.structure, p.pack, p.bulk, p.team, p.teams, p.cooperative, p.exchangers, p.producers, p.storers, p.statistics,
              p.threads, p.turns, p.turn_cycles, int(p.tile_vectors) * kVectorBytes, p.tiles, p.held, p.streamed, p.slots, p.in_flight, p.shared_bytes,
              (long long)(p.scratch_words * sizeof(Word)));
     return nullptr;
