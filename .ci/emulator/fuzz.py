@@ -60,7 +60,7 @@ def draw(seed):
     planes = ((1, 1), (1, 2), (7, 7), (8, 8), (4, 12), (16, 16), (5, 64), (33, 31), (56, 56))
     H, W = r.choice((*planes, odd, odd, odd, odd, odd, any_plane))
     # The plan depends on how many channels, or packs of them, there are for a multiprocessor, and on what share of its
-    # shared memory each takes.
+    # shared memory each takes. Shares of 1 to 1.15, of which two blocks take a half each, make the blocks with the most threads.
     size = 16 // dtype.itemsize
     pack = size // math.gcd(H * W, size) if r.random() < (0.4 if large else 0.8) else 1
     few, more = r.randint(1, multiprocessors), r.randint(multiprocessors + 1, 2 * multiprocessors + 1)
