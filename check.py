@@ -29,6 +29,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import functools
 import itertools
 import math
 import multiprocessing
@@ -1097,15 +1098,13 @@ def families_of(architectures: list[int], cuda: str) -> list[list[int]]:
 
 
 def compile_for(family: list[int], nvcc: str, source: Path, flags: list[str]) -> dict[int, str]:
-    """Compiles the CUDA text once for a family; what ptxas says of each of its architectures, and the seconds for all."""
-    start = time.perf_counter()
+    """Compiles the CUDA text once for a family, at low priority; what ptxas says of each of its architectures."""
     targets = [f"-gencode=arch=compute_{family[0]},code=sm_{a}" for a in family]
-    command = [nvcc, *flags, "-Xptxas", "-v", *targets, "-fatbin", "-o", str(source.with_suffix(f".{family[0]}")), str(source)]
+    command = ["nice", nvcc, *flags, "-Xptxas", "-v", *targets, "-fatbin", "-o", str(source.with_suffix(f".{family[0]}")), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, (re.findall(r".*error.*", done.stderr) or [done.stderr[-300:]])[0]
     kernels = re.split(r"^ptxas info\s*: Compiling entry function", done.stderr, flags=re.M)[1:]
-    took = f"{time.perf_counter() - start:.1f} s" + (f" for {len(family)} architectures" if len(family) > 1 else "")
-    return {a: "".join(kernel for kernel in kernels if f"for 'sm_{a}'" in kernel) + took for a in family}
+    return {a: "".join(kernel for kernel in kernels if f"for 'sm_{a}'" in kernel) for a in family}
 
 
 def registers_and_spills(said: str) -> str:
@@ -1114,27 +1113,36 @@ def registers_and_spills(said: str) -> str:
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said))
     assert min(registers) >= 24, f"a kernel of {min(registers)} registers: compiled away, or down to a trap"
     assert spills == 0, f"{spills} bytes of registers spilled ({len(registers)} kernels, up to {max(registers)} registers)"
-    return f"{len(registers)} kernels, up to {max(registers)} registers, no spills, {said.splitlines()[-1]}"
+    return f"{len(registers)} kernels, up to {max(registers)} registers, no spills"
 
 
-def check_compilation(report: Report, text: str) -> None:
+@contextlib.contextmanager
+def compiling(report: Report, arguments: dict) -> Iterator[dict[int, Callable[[], str]]]:
+    """Compiles the CUDA text while other checks run; yields for each architecture what waits for its result and judges it."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout if Path(nvcc).exists() else ""
     wanted = [a for a in ARCHITECTURES if report.wants(f"sm_{a}")]
-    for a in wanted:
-        if f"sm_{a}" not in known:
-            report.add(f"sm_{a}", "skip", "this nvcc is too old for it" if known else "no nvcc")
-    arguments = build_arguments(text)
     cuda = "\n".join(arguments["cuda_sources"])
     # torch's flags and the text's own, less those that choose an architecture
     flags = ["-std=c++17", *cpp_extension.COMMON_NVCC_FLAGS, *(f for f in arguments["extra_cuda_cflags"] if "arch" not in f)]
     with tempfile.TemporaryDirectory() as scratch, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
         source = Path(scratch) / "fused_batch_norm.cu"
         source.write_text(cuda)
-        families = families_of([a for a in wanted if f"sm_{a}" in known], cuda)
-        compiling = {family[0]: threads.submit(compile_for, family, nvcc, source, flags) for family in sorted(families, key=len, reverse=True)}
-        for family, a in ((family, a) for family in families for a in family):
-            report.add(f"sm_{a}", *outcome(lambda: registers_and_spills(compiling[family[0]].result()[a])))
+        started = {}
+        for family in sorted(families_of([a for a in wanted if f"sm_{a}" in known], cuda), key=len, reverse=True):
+            started |= dict.fromkeys(family, threads.submit(compile_for, family, nvcc, source, flags))
+
+        def judge(a: int) -> str:
+            if a not in started:
+                raise Skip("this nvcc is too old for it" if known else "no nvcc")
+            return registers_and_spills(started[a].result()[a])
+
+        yield {a: functools.partial(judge, a) for a in wanted}
+
+
+def check_compilation(report: Report, judges: dict[int, Callable[[], str]]) -> None:
+    for a, judge in judges.items():
+        report.add(f"sm_{a}", *outcome(judge))
 
 
 # -------------------------------------------------------------------------------------------------- speed
@@ -1675,7 +1683,8 @@ def check_on_gpu(report: Report, text: str, arguments: argparse.Namespace) -> No
         report.section("Refusals: the exception's type, and the argument named", check_refusals, target)
         report.section(PASTING_TITLE, check_pasting, text)
         if not arguments.quick:
-            report.section(COMPILATION_TITLE, check_compilation, text)
+            with compiling(report, build_arguments(text)) as judges:
+                report.section(COMPILATION_TITLE, check_compilation, judges)
     speeds, sm_80 = None, None
     if not arguments.quick and not arguments.only:
         speeds = report.section("Speed: GPU time of one training forward, L2 cold; median of runs in which all four take turns",
@@ -1696,10 +1705,16 @@ def check_without_gpu(report: Report, text: str, arguments: argparse.Namespace) 
         print("pretended device: 132 multiprocessors, 227 KB of shared memory, sm_90 (an H200)")
         show_plan(target, arguments.plan, DTYPES[arguments.dtype])
         return
-    report.section("The correctness table on pretended devices", check_emulated, arguments.seeds, arguments.seed)
-    if not arguments.emulate:
-        report.section(PASTING_TITLE, check_pasting, text)
-        report.section(COMPILATION_TITLE, check_compilation, text)
+    try:
+        build = build_arguments(text)
+    except Exception as error:
+        report.add("model_new.py is executed", "FAIL", described(error))
+        return
+    with contextlib.nullcontext() if arguments.emulate else compiling(report, build) as judges:
+        report.section("The correctness table on pretended devices", check_emulated, arguments.seeds, arguments.seed)
+        if not arguments.emulate:
+            report.section(PASTING_TITLE, check_pasting, text)
+            report.section(COMPILATION_TITLE, check_compilation, judges)
 
 
 def main() -> int:
