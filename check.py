@@ -231,6 +231,7 @@ CASES = [
     Case("an outlier of 1e6 first in a large channel", (64, 1, 224, 224), data="outlier first", small=(1, 1, 512, 512)),
     Case("an outlier of 1e6 in the middle", (16, 8, 56, 56), data="outlier middle", small=(4, 3, 16, 16)),
     Case("an outlier of 1e6 last", (16, 8, 56, 56), data="outlier last", small=(4, 3, 16, 16)),
+    Case("an image of outliers", (3000, 4, 4, 4), data="outlier image", small=(1000, 2, 4, 4)),
     Case("var near eps", (16, 8, 56, 56), data="tiny", small=(4, 3, 16, 16)),
     Case("NaN, inf, -inf in one channel each", (16, 8, 56, 56), data="not finite", small=(4, 5, 16, 16)),
     Case("NaN, inf, -inf in one channel each, float16", (16, 8, 56, 56), F16, F32, data="not finite", small=(4, 5, 16, 16)),
@@ -305,6 +306,7 @@ DATA: dict[str, Callable] = {
     "outlier first": lambda shape, normal: with_value(normal(*shape), 1e6, 0),
     "outlier middle": lambda shape, normal: with_value(normal(*shape), 1e6, shape[0] * shape[2] * shape[3] // 2 + 1),
     "outlier last": lambda shape, normal: with_value(normal(*shape), -1e6, -1),
+    "outlier image": lambda shape, normal: torch.cat([normal(1, *shape[1:]) + 1e6, normal(shape[0] - 1, *shape[1:])]),
     "not finite": not_finite,
 }
 

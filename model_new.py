@@ -221,10 +221,10 @@ __device__ void copy_bulk(void* shared, const void* global, unsigned bytes, Barr
 #endif
 }
 
-// 16 bytes by this thread, some time later.
+// 16 bytes by this thread, some time later. L2 fetches the whole line of 128.
 __device__ void copy_16(void* shared, const void* global, Policy policy) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "l"(policy) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "l"(policy) : "memory");
 #else
   *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
 #endif
@@ -314,7 +314,7 @@ template <typename V>
 __device__ V load_vector(const V* address, Policy policy) {
   uint4 raw;
 #if __CUDA_ARCH__ >= 800
-  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
                : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w) : "l"(address), "l"(policy));
 #else
   raw = *reinterpret_cast<const uint4*>(address);
@@ -624,18 +624,20 @@ __device__ Vector<T> elementwise(const Block& b, const Place<T, kMasked>& place)
   return x;
 }
 
-// This lane's share in the choice of a channel's pivot: one of 32 elements that lie scattered over the channel, the same in
-// every block and warp. It is far from being needed when it is loaded.
+// This lane's share in the choice of a channel's pivot: one of 32 elements, the same in every block and warp. They lie in four
+// runs of eight, scattered over the channel: 32 that lie apart would be as many requests, for which small channels have no time.
+// It is far from being needed when it is loaded.
 template <typename T>
 __device__ T load_sample(const Block& b, int64_t channel) {
   const FusedBatchNormCall& call = b.a.call;
   if (channel >= call.C) return T();
-  const int64_t n = __umulhi(b.lane * 0x9e3779b9u, unsigned(call.N)), i = __umulhi(b.lane * 0x85ebca6bu, unsigned(call.HW));
+  const int length = call.HW < 8 ? 1 : 8, runs = 32 / length, run = b.lane % runs;
+  const int64_t n = __umulhi(run * 0x9e3779b9u, unsigned(call.N)), i = __umulhi(run * 0x85ebca6bu, unsigned(call.HW - length + 1)) + b.lane / runs;
   return static_cast<const T*>(call.x)[(n * call.C + channel) * call.HW + i];
 }
 
-// The pivot: a mean of the sample, so that (pivot − mean)² is about var/32 and nothing cancels. A mean of medians of three
-// lanes each, so that no single outlier moves it away from all the others.
+// The pivot: a mean of the sample, so that (pivot − mean)² is a fraction of var and nothing cancels. A mean of medians of three
+// lanes each, of three runs, so that no outlier, nor a run of them, moves it away from all the others.
 template <typename A>
 __device__ A pivot_of(A sample) {
   const A second = __shfl_xor_sync(0xffffffffu, sample, 1), third = __shfl_xor_sync(0xffffffffu, sample, 2);
@@ -928,13 +930,14 @@ __device__ void hold(const Block& b, int warp, T sample) {
           each_held(held[h], streamed, [&](Vector<T>& x, unsigned v) { x = load(b, Place<T, kMasked>(b, streamed, v), make_policy(Keep::kFirst)); });
         }
       }
-      if (first > 0) continue;
-      tile = Tile(b, channel, kept);
-      for (int t = kept; t < p.tiles; ++t, tile.advance(b)) {
-        for_each_vector<kHoldVectors>(tile_at<T>(b, to_store.slot), lane, tile.count, lanes,
-                                      [&](unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, kMasked>(b, tile, v), result); });
-        release(b, to_store.slot);
-        to_store.advance(1, p.slots);
+      if (first == 0) {
+        tile = Tile(b, channel, kept);
+        for (int t = kept; t < p.tiles; ++t, tile.advance(b)) {
+          for_each_vector<kHoldVectors>(tile_at<T>(b, to_store.slot), lane, tile.count, lanes,
+                                        [&](unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, kMasked>(b, tile, v), result); });
+          release(b, to_store.slot);
+          to_store.advance(1, p.slots);
+        }
       }
     }
   }
@@ -1281,8 +1284,8 @@ constexpr int64_t kFlightBytes = 48 * 1024;    // on their way to one block
 constexpr int64_t kRoundBytes = 4 * 1024;      // what a channel costs beside its bytes
 constexpr int64_t kWaitBytes = 48 * 1024;      // what an exchange costs that no other work hides
 constexpr int64_t kEvalBytes = 28 * 1024;      // of a block in eval mode, where no block waits for another
-constexpr int64_t kBytesPerCycle = 15;         // that memory has for a multiprocessor in a clock cycle, beside what it writes
-constexpr int64_t kTurnsCycles = 5500;         // that reading x takes at least where blocks start in turns
+constexpr int64_t kBytesPerCycle = 18;         // that memory has for a multiprocessor in a clock cycle, beside what it writes
+constexpr int64_t kTurnsCycles = 4600;         // that reading x takes at least where blocks start in turns
 constexpr int64_t kClusterBytes = 72 * 1024;   // of a block in a cluster, at most: three of them fit on a multiprocessor
 
 Divisor divisor(int64_t d) {
@@ -1347,7 +1350,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
     p.by_turn = divisor(turn);
     p.turns = int(std::min<int64_t>({device.shared_bytes / (bytes + device.reserved_bytes), 2 * kResidentThreads / (32 * p.statistics), 32}));
     // No block more at once than turns, else those that come in later waves would start out of turn.
-    const bool waves = int64_t(p.teams) * team > int64_t(p.turns) * device.multiprocessors;
+    const bool waves = call.training && int64_t(p.teams) * team > int64_t(p.turns) * device.multiprocessors;
     p.shared_bytes = int(waves ? std::max(bytes, std::min<int64_t>(half_bytes, device.shared_bytes / (p.turns + 1))) : bytes);
     const int64_t cycles = int64_t(p.teams) * team * p.tile_vectors * kVectorBytes / (kBytesPerCycle * device.multiprocessors);
     if (!call.training || cooperative || cycles < kTurnsCycles) p.turns = 0;
@@ -1431,8 +1434,8 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
           p.tile_vectors = unsigned(vectors);
         }
       }
-      p.tiles = int(ceil_div(p.channel_vectors, int64_t(p.team) * p.tile_vectors));
     }
+    p.tiles = int(std::max<int64_t>(ceil_div(p.channel_vectors, int64_t(p.team) * p.tile_vectors), hold ? held_tiles : 1));
     p.slots = int(std::min<int64_t>(ring_bytes / (int64_t(p.tile_vectors) * kVectorBytes), kMaxSlots));
     p.held = hold ? held_tiles : 0;
     p.streamed = hold ? std::max(p.tiles - p.held - p.slots, 0) : 0;

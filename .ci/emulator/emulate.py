@@ -111,7 +111,7 @@ def _build(name, directory, cpp_text, cuda_text):
     # Whatever the C++ text asks about CUDA is asked about the CPU; not so in the headers, which therefore come first.
     includes = "\n".join(re.findall(r"^\s*#include.*$", cpp_text, re.MULTILINE))
     cpp_source = f"{includes}\n#define is_cuda is_cpu\n#line 1 \"FUSED_BATCH_NORM_CPP\"\n{cpp_text}"
-    cpp_flags = [*_torch_flags(name), "-O1", "-fPIC", f"-I{HERE / 'include'}"]
+    cpp_flags = [*_torch_flags(name), "-fPIC", f"-I{HERE / 'include'}"]
 
     def compile_text(source, flags, kind):
         key = (source, flags, _own_files())
