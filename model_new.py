@@ -87,7 +87,7 @@ constexpr int kResidentThreads = 512; // at most, in a block of which a multipro
 constexpr int kPackedThreads = 448;   // the same, since two channels a vector take more registers
 constexpr int kResidentVectors = 14;  // of a thread, if the block has not too many
 // Of them in registers, as many as spill nothing, where a vector has `size` elements; the others in shared memory.
-constexpr int resident_held(int size, bool packed) { return packed && size == 8 ? 2 : 3; }
+constexpr int resident_held(int size, bool packed) { return packed && size == 8 ? 1 : 3; }
 constexpr int kResidentOverheadBytes = 2048;  // of a block's shared memory, for all but x and the threads' sums
 constexpr int kResidentTeamPerLane = 2;  // blocks of a cooperative launch that one lane listens to: teams of up to 64
 constexpr int kMaxCluster = 8;        // blocks, that any GPU with clusters takes
@@ -1284,9 +1284,9 @@ constexpr int64_t kFlightBytes = 48 * 1024;    // on their way to one block
 constexpr int64_t kRoundBytes = 4 * 1024;      // what a channel costs beside its bytes
 constexpr int64_t kWaitBytes = 48 * 1024;      // what an exchange costs that no other work hides
 constexpr int64_t kEvalBytes = 28 * 1024;      // of a block in eval mode, where no block waits for another
-constexpr int64_t kBytesPerCycle = 18;         // that memory has for a multiprocessor in a clock cycle, beside what it writes
-constexpr int64_t kTurnsCycles = 4600;         // that reading x takes at least where blocks start in turns
-constexpr int64_t kClusterBytes = 72 * 1024;   // of a block in a cluster, at most: three of them fit on a multiprocessor
+constexpr int64_t kBytesPerCycle = 16;         // that memory has for a multiprocessor in a clock cycle, beside what it writes
+constexpr int64_t kTurnsCycles = 5200;         // that reading x takes at least where blocks start in turns
+constexpr int64_t kBlockBytes = 72 * 1024;     // of a block where there are clusters: three of them fit on a multiprocessor
 
 Divisor divisor(int64_t d) {
   Divisor by = {};
@@ -1331,7 +1331,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
     if (p.pack > 1) {  // whole planes, so that a thread's vectors are all at the same place of theirs
       set_tiles(ceil_div(call.N, team) * p.plane_vectors);
       const int64_t planes = std::max(std::min<int64_t>(ceil_div(ceil_div(p.tile_vectors, kResidentVectors), p.plane_vectors), kPackedThreads / p.plane_vectors),
-                                      ceil_div(32 * p.pack, p.plane_vectors));
+                                      ceil_div(32 * p.pack - 31, p.plane_vectors));  // a warp for each channel
       p.threads = unsigned(planes * p.plane_vectors);
       p.step_elements = planes * p.packs * p.plane;
     } else {
@@ -1365,15 +1365,15 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
     if (call.cumulative && call.num_batches_tracked) return false;  // all must read the counter before it counts
     const int64_t slots = 2 * device.multiprocessors, packs = std::max<int64_t>(p.packs, 1);
     // One block a channel, where channels are small, or so many that each multiprocessor has three; without clusters, every other one.
-    if ((bytes <= 8 * kRoundBytes || 2 * packs >= 3 * slots || (most_cluster == 1 && 4 * packs >= slots)) && resident(1, false)) return true;
+    const bool many = most_cluster > 1 ? 2 * packs >= 3 * slots && bytes <= kBlockBytes : 4 * packs >= slots;
+    if ((bytes <= 8 * kRoundBytes || many) && resident(1, false)) return true;
     // All channels at once, by blocks that are all there at once, where clusters would be too few: the fewer the sooner together.
     if (p.pack == 1 && (packs * most_cluster < device.multiprocessors || most_cluster == 1))
       for (const int64_t blocks : {slots / 2, slots})
         if (const int64_t team = std::min(blocks / packs, bytes / kRoundBytes); team > 1 && team <= 32 * kResidentTeamPerLane && resident(team, true)) return true;
-    // Blocks of a cluster, which are there at once too.
-    const int64_t most_bytes = p.pack > 1 ? half_bytes : kClusterBytes;
+    // Blocks of a cluster, which are there at once too; in the largest one, as large as fits.
     for (int cluster = 2; cluster <= most_cluster && cluster <= slots; cluster *= 2)
-      if (bytes <= cluster * most_bytes && (cluster == most_cluster || 4 * packs * cluster >= 3 * slots) && resident(cluster, false)) return true;
+      if ((cluster == most_cluster || (bytes <= cluster * kBlockBytes && 4 * packs * cluster >= 3 * slots)) && resident(cluster, false)) return true;
     return false;
   };
   const int pack = int(size / std::gcd<int64_t>(call.HW, size));

@@ -101,7 +101,7 @@ MUTANTS = [
     ("a channel's last column forgotten", "(own + unsigned(call.HW) - 1) / kSize + 1 - column", "(own + unsigned(call.HW) - 1) / kSize - column"),
     ("a row of threads' sums forgotten", "columns * (p.threads / p.plane_vectors)", "columns * (p.threads / p.plane_vectors - 1)"),
     ("threads not a multiple of the plane", "p.threads = unsigned(planes * p.plane_vectors);", "p.threads = unsigned(planes * p.plane_vectors + 1);"),
-    ("fewer warps than a pack has channels", "ceil_div(32 * p.pack, p.plane_vectors));", "int64_t(1));"),
+    ("fewer warps than a pack has channels", "ceil_div(32 * p.pack - 31, p.plane_vectors));", "int64_t(1));"),
     ("a block's share ends within a plane", "set_tiles(ceil_div(call.N, team) * p.plane_vectors);", "set_tiles(ceil_div(p.channel_vectors, team));"),
     ("channels beyond whole packs", "call.C % pack == 0 && ", ""),
     ("packed though x is not aligned", "size > 2 && aligned &&", "size > 2 &&"),
