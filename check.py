@@ -50,6 +50,7 @@ from typing import Callable, Iterator
 from unittest import mock
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # not needed here
+os.environ.setdefault("PYTHONWARNINGS", "ignore:Failed to initialize NumPy")  # nor in the processes that this one starts
 
 import torch
 import torch.nn as nn
@@ -1017,6 +1018,8 @@ def check_pasting(report: Report, text: str) -> None:
     report.run("in one dict with the reference, reference first", lambda: both(reference, text))
     report.run("in one dict with the reference, reference last", lambda: both(text, reference))
     report.run("executed 5 times more in one process", again)
+    for name, pretended, pattern in PRETENDED:
+        report.run(name, lambda: says(text, pretended, pattern))
     check_environments(report)
 
 
@@ -1024,75 +1027,72 @@ def default_build_directory() -> str:
     return cpp_extension._get_build_directory("fused_batch_norm", verbose=False).rsplit(os.sep, 1)[0]
 
 
-def new_process(first: Callable[[], None] | None = None) -> concurrent.futures.ProcessPoolExecutor:
-    """For calls in one process, after first(). It is a fork of a server that has imported torch and has done nothing else."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["check"])
-    return concurrent.futures.ProcessPoolExecutor(1, server, first)
-
-
-def use() -> str:
-    use_pasted(execute(TEXT_PATH.read_text()))
-    return ""
-
-
-def use_twice() -> str:
-    use()
-    os.environ["TORCH_EXTENSIONS_DIR"] += "/second"
-    return use()
-
-
-def said() -> str:
-    try:
-        execute(TEXT_PATH.read_text())["ModelNew"](4)(torch.ones(2, 4, 3, 3, device="cuda" if torch.cuda.is_available() else "cpu"))
-        return "nothing"
-    except Exception as error:
-        return f"{type(error).__name__} {' '.join(str(error).split())}"
-
-
-# A process each: (name, where, environment, pretended values, what is done, what it must say). All start at once.
+# A Python of its own each: (name, environment, statements before the text is executed, what to do with the names). All start at once.
+USE = "check.use_pasted(check.execute(text))"
+SAY = """
+try:
+    y = check.execute(text)["ModelNew"](4)(torch.ones(2, 4, 3, 3, device="cuda" if torch.cuda.is_available() else "cpu"))
+    print("said: nothing")
+except Exception as error:
+    print("said:", type(error).__name__, " ".join(str(error).split()))
+"""
 ENVIRONMENTS = [
-    ("cold build in a new directory", "gpu", {}, (), use, ""),
-    ("TORCH_CUDA_ARCH_LIST=Ada, then again from another directory", "gpu", {"TORCH_CUDA_ARCH_LIST": "Ada"}, (), use_twice, ""),
-    ("a node without GPU, TORCH_CUDA_ARCH_LIST=9.0, compiles", "gpu", {"CUDA_VISIBLE_DEVICES": "", "TORCH_CUDA_ARCH_LIST": "9.0"}, (), said, r"CUDA"),
+    ("cold build in a new directory", "gpu", {}, USE, ""),
+    ("TORCH_CUDA_ARCH_LIST=Ada, then again from another directory", "gpu", {"TORCH_CUDA_ARCH_LIST": "Ada"},
+     USE + "\nos.environ['TORCH_EXTENSIONS_DIR'] += '/second'\n" + USE, ""),
+    ("a node without GPU, TORCH_CUDA_ARCH_LIST=9.0, compiles", "gpu", {"CUDA_VISIBLE_DEVICES": "", "TORCH_CUDA_ARCH_LIST": "9.0"}, SAY, r"CUDA"),
     ("a node without GPU or TORCH_CUDA_ARCH_LIST says so", "any", {"CUDA_VISIBLE_DEVICES": ""},
-     ((torch.version, "cuda", "13.0"), (cpp_extension, "CUDA_HOME", "/usr/local/cuda")), said, r"TORCH_CUDA_ARCH_LIST"),
-    ("a machine without nvcc says so", "any", {}, ((torch.version, "cuda", "13.0"), (cpp_extension, "CUDA_HOME", None)), said, r"nvcc"),
-    ("a torch without CUDA says so", "any", {}, ((torch.version, "cuda", None),), said, r"CUDA"),
-    ("a torch older than 2.9 is refused, and says so", "any", {}, ((torch, "__version__", type(torch.__version__)("2.8.0")),), said, r"2\.9"),
+     "torch.version.cuda, check.cpp_extension.CUDA_HOME = '13.0', '/usr/local/cuda'" + SAY, r"TORCH_CUDA_ARCH_LIST"),
+]
+
+# (name, what is pretended while the text is executed, what forward then says)
+PRETENDED = [
+    ("a machine without nvcc says so", ((torch.version, "cuda", "13.0"), (cpp_extension, "CUDA_HOME", None)), r"nvcc"),
+    ("a torch without CUDA says so", ((torch.version, "cuda", None),), r"CUDA"),
+    ("a torch older than 2.9 is refused, and says so", ((torch, "__version__", type(torch.__version__)("2.8.0")),), r"2\.9"),
 ]
 
 
-def in_environment(index: int, build_directory: str) -> tuple[str, float]:
-    """Makes ENVIRONMENTS[index] of this process. Returns what its action said, and the seconds that it took."""
-    _, _, environment, pretended, action, _ = ENVIRONMENTS[index]
-    os.environ.pop("TORCH_CUDA_ARCH_LIST", None)
-    os.environ.update({"TORCH_EXTENSIONS_DIR": build_directory, **environment})
-    for owner, name, value in pretended:
-        setattr(owner, name, value)
-    start = time.perf_counter()
-    return action(), time.perf_counter() - start
+def says(text: str, pretended: tuple, pattern: str) -> str:
+    with contextlib.ExitStack() as while_executed:
+        for owner, name, value in pretended:
+            while_executed.enter_context(mock.patch.object(owner, name, value))
+        names = execute(text)
+    return assert_raises(RuntimeError, pattern, lambda: names["ModelNew"](4)(torch.ones(2, 4, 3, 3)))
 
 
 def check_environments(report: Report) -> None:
-    """Imports in new processes, each with its own build directory and environment."""
-    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as processes:
+    """Imports in fresh processes, each with its own build directory and environment."""
+    with tempfile.TemporaryDirectory() as scratch:
         started = []
-        for index, (name, where, *_, pattern) in enumerate(ENVIRONMENTS):
+        for number, (name, where, environment, code, pattern) in enumerate(ENVIRONMENTS):
             if not report.wants(name):
                 continue
             if where == "gpu" and not torch.cuda.is_available():
                 report.add(name, "skip", "no CUDA device")
                 continue
-            process = processes.enter_context(new_process())
-            started.append((name, pattern, process.submit(in_environment, index, f"{scratch}/{index}")))
-        for name, pattern, done in started:
-            report.run(name, lambda: judge_environment(pattern, *done.result()))
+            program = (f"import sys, os, time; sys.path.insert(0, {str(ROOT)!r}); import torch, check\n"
+                       f"text = check.TEXT_PATH.read_text(); start = time.perf_counter()\n{code}\n"
+                       "print('seconds:', round(time.perf_counter() - start, 1))")
+            settings = {**os.environ, "TORCH_EXTENSIONS_DIR": f"{scratch}/{number}", **environment}
+            for key in ("TORCH_CUDA_ARCH_LIST",) if not environment.get("TORCH_CUDA_ARCH_LIST") else ():
+                settings.pop(key, None)
+            started.append((name, pattern, subprocess.Popen([sys.executable, "-c", program], env=settings, text=True,
+                                                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)))
+        for name, pattern, process in started:
+            report.run(name, lambda: judge_environment(process, pattern))
 
 
-def judge_environment(pattern: str, words: str, seconds: float) -> str:
-    assert re.search(pattern, words), f"expected a message with “{pattern}”, said: {words}"
-    return f"{seconds:.1f} s  {words[:140]}"
+def judge_environment(process: subprocess.Popen, pattern: str) -> str:
+    try:
+        printed, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    lines = printed.strip().splitlines() or ["nothing was printed"]
+    assert process.returncode == 0, f"exit status {process.returncode}: {lines[-1]}"
+    said = next((line for line in lines if line.startswith("said: ")), "")
+    assert re.search(pattern, said), f"expected a message with “{pattern}”, {said}"
+    return f"{lines[-1].removeprefix('seconds: ')} s  {said.removeprefix('said: ')[:140]}"
 
 
 # -------------------------------------------------------------------------------------------------- compilation
@@ -1489,7 +1489,9 @@ worker = threading.local()  # a thread's own worker process
 def in_worker(*task) -> tuple[str, str, dict[str, int]]:
     """emulated_task in this thread's worker process. One that dies or hangs fails this check only; the next gets a new one."""
     if not hasattr(worker, "pool"):
-        worker.pool = new_process(start_worker)
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["torch"])  # once for all workers, since that takes a second
+        worker.pool = concurrent.futures.ProcessPoolExecutor(1, server, start_worker)
     try:
         return worker.pool.submit(emulated_task, *task).result(TIME_LIMIT_S)
     except (concurrent.futures.BrokenExecutor, concurrent.futures.TimeoutError) as error:
