@@ -29,7 +29,6 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
-import functools
 import itertools
 import math
 import multiprocessing
@@ -1134,11 +1133,11 @@ def registers_and_spills(said: str) -> str:
 
 
 @contextlib.contextmanager
-def compiling(report: Report, arguments: dict) -> Iterator[dict[int, Callable[[], str]]]:
-    """Compiles the CUDA text while other checks run; yields for each architecture what waits for its result and judges it."""
+def compiling(report: Report, arguments: dict) -> Iterator[Callable[[int], str]]:
+    """Compiles the CUDA text while other checks run; yields what waits for an architecture's result and judges it."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout if Path(nvcc).exists() else ""
-    wanted = [a for a in ARCHITECTURES if report.wants(f"sm_{a}")]
+    wanted = [a for a in ARCHITECTURES if report.wants(f"sm_{a}") and f"sm_{a}" in known]
     cuda = "\n".join(arguments["cuda_sources"])
     # torch's flags and the text's own, less those that choose an architecture
     flags = ["-std=c++17", *cpp_extension.COMMON_NVCC_FLAGS, *(f for f in arguments["extra_cuda_cflags"] if "arch" not in f)]
@@ -1146,7 +1145,7 @@ def compiling(report: Report, arguments: dict) -> Iterator[dict[int, Callable[[]
         source = Path(scratch) / "fused_batch_norm.cu"
         source.write_text(cuda)
         started = {}
-        for family in sorted(families_of([a for a in wanted if f"sm_{a}" in known], cuda), key=len, reverse=True):
+        for family in sorted(families_of(wanted, cuda), key=len, reverse=True):
             started |= dict.fromkeys(family, threads.submit(compile_for, family, nvcc, source, flags))
 
         def judge(a: int) -> str:
@@ -1154,12 +1153,12 @@ def compiling(report: Report, arguments: dict) -> Iterator[dict[int, Callable[[]
                 raise Skip("this nvcc is too old for it" if known else "no nvcc")
             return registers_and_spills(started[a].result()[a])
 
-        yield {a: functools.partial(judge, a) for a in wanted}
+        yield judge
 
 
-def check_compilation(report: Report, judges: dict[int, Callable[[], str]]) -> None:
-    for a, judge in judges.items():
-        report.add(f"sm_{a}", *outcome(judge))
+def check_compilation(report: Report, judge: Callable[[int], str]) -> None:
+    for a in ARCHITECTURES:
+        report.run(f"sm_{a}", lambda: judge(a))
 
 
 # -------------------------------------------------------------------------------------------------- speed
@@ -1702,8 +1701,8 @@ def check_on_gpu(report: Report, text: str, arguments: argparse.Namespace) -> No
         report.section("Refusals: the exception's type, and the argument named", check_refusals, target)
         report.section(PASTING_TITLE, check_pasting, text)
         if not arguments.quick:
-            with compiling(report, build_arguments(text)) as judges:
-                report.section(COMPILATION_TITLE, check_compilation, judges)
+            with compiling(report, build_arguments(text)) as judge:
+                report.section(COMPILATION_TITLE, check_compilation, judge)
     speeds, sm_80 = None, None
     if not arguments.quick and not arguments.only:
         speeds = report.section("Speed: GPU time of one training forward, L2 cold; median of runs in which all four take turns",
@@ -1729,11 +1728,11 @@ def check_without_gpu(report: Report, text: str, arguments: argparse.Namespace) 
     except Exception as error:
         report.add("model_new.py is executed", "FAIL", described(error))
         return
-    with contextlib.nullcontext() if arguments.emulate else compiling(report, build) as judges:
+    with contextlib.nullcontext() if arguments.emulate else compiling(report, build) as judge:
         report.section("The correctness table on pretended devices", check_emulated, arguments.seeds, arguments.seed)
         if not arguments.emulate:
             report.section(PASTING_TITLE, check_pasting, text)
-            report.section(COMPILATION_TITLE, check_compilation, judges)
+            report.section(COMPILATION_TITLE, check_compilation, judge)
 
 
 def main() -> int:

@@ -194,8 +194,8 @@ def _with_places(text):
 def load(text, *, build_dir=None):
     """Executes the text of model_new.py so that its kernel runs on the CPU. Returns its namespace.
 
-    build_dir: where compiled files are kept (default: build/ beside this file). The first build takes about 15 s, one that
-    changes only the CUDA text about 3 s, none under 1 s.
+    build_dir: where compiled files are kept (default: build/ beside this file). The first build takes about 9 s, one that
+    changes only the CUDA text about 5 s, none under 1 s.
     """
     global _loaded
     directory = pathlib.Path(build_dir or HERE / "build")
