@@ -1110,8 +1110,8 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
   const int split = kPacked ? min(int((first + 1) * call.HW - element_of(threadIdx.x)), kSize) : kSize;
   const auto pick = [&](const auto* values) { return Pick<std::decay_t<decltype(*values)>>{values[first], values[next], split}; };
 
-  // Calls use(vector, place) for this thread's first kHeld vectors, in registers; for one of two groups of the others, in shared
-  // memory, the first of which can be summed while the second still lands.
+  // Calls use(vector, place) for this thread's first kHeld vectors, in registers; for the others, in shared memory, in two groups,
+  // the first of which can be summed while the second still lands: then(), behind each.
   const unsigned thread = threadIdx.x - 32 * p.exchangers, end = thread < p.threads ? share.count : 0, behind = kHeld * p.threads;
   const Place<T, kMasked> own(b, share, thread);
   const auto place_of = [&](unsigned v, int i) {
@@ -1128,20 +1128,20 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
       if (v < end) use(held[i], place_of(v, i));
     }
   };
-  const auto each_kept = [&](int group, auto use) {
-    int i = kHeld + (group == 0 ? 0 : p.early);
-    const unsigned stop = group == 0 ? min(end, behind + p.early * p.threads) : end;
+  const auto each_kept = [&](auto use, auto then) {
 #pragma unroll 1
-    for (unsigned v = thread + i * p.threads; v < stop; v += p.threads, ++i) use(kept[v - behind], place_of(v, i));
+    for (int group = 0; group < 2; ++group) {
+      int i = kHeld + (group == 0 ? 0 : p.early);
+      const unsigned stop = group == 0 ? min(end, behind + p.early * p.threads) : end;
+#pragma unroll 1
+      for (unsigned v = thread + i * p.threads; v < stop; v += p.threads, ++i) use(kept[v - behind], place_of(v, i));
+      then();
+    }
   };
 
   const Policy policy = make_policy(Keep::kLast);
   each_held([&](Vector<T>& x, const auto& place) { x = load(b, place, policy); });
-#pragma unroll 1
-  for (int group = 0; group < 2; ++group) {
-    each_kept(group, [&](Vector<T>& x, const auto& place) { fetch(b, place, &x, policy); });
-    copies_commit();
-  }
+  each_kept([&](Vector<T>& x, const auto& place) { fetch(b, place, &x, policy); }, [] { copies_commit(); });
   if (p.cluster) cluster_wait();
   if (!call.training) {
     if (leads) results[warp] = parameters.result(parameters.running_mean.value(call.running_float), rsqrt(parameters.running_var.value(call.running_float) + call.eps));
@@ -1157,11 +1157,7 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
     const auto add = [&](const Vector<T>& x, const auto& place) { add_vector(part, x, place, pivot); };
     each_held(add);
     copies_wait<1>();
-#pragma unroll 1
-    for (int group = 0; group < 2; ++group) {
-      each_kept(group, add);
-      copies_wait<0>();
-    }
+    each_kept(add, [] { copies_wait<0>(); });
     if (kPacked) {
       partial[threadIdx.x] = {add_up(part, 0, split), add_up(part, split, kSize), 0};
     } else {
@@ -1202,8 +1198,7 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
   const Pick<Result<A>> result = pick(results);
   const auto store = [&](const Vector<T>& x, const auto& place) { normalise(b, x, place, result); };
   each_held(store);
-#pragma unroll 1
-  for (int group = 0; group < 2; ++group) each_kept(group, store);
+  each_kept(store, [] {});
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1382,11 +1377,12 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
     set_planes(pack, false);
     if (find_resident()) return p;
   }
-  set_planes(1, masked);
-  if (find_resident()) return p;
-
   p = bare;
   set_planes(1, masked);
+  const Plan with_planes = p;
+  if (find_resident()) return p;
+
+  p = with_planes;
   const int64_t ring_bytes = device.shared_bytes - kOverheadBytes;
 
   // The team: as many blocks as bring the channels through soonest, by what one block moves and waits for.
