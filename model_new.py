@@ -82,6 +82,7 @@ namespace {
 // ---------------------------------------------------------------------------------------------
 constexpr int kVectorBytes = 16;      // one access of one thread
 constexpr int kAtOnce = 4;            // vectors that a lane has on their way from shared memory
+constexpr int kLineWords = 8;         // words (below) in a line of L2
 // Resident and packed
 constexpr int kResidentThreads = 512; // at most, in a block of which a multiprocessor takes two
 constexpr int kPackedThreads = 448;   // the same, since two channels a vector take more registers
@@ -461,7 +462,8 @@ struct Plan {
   int turns;             // of such teams that are there at first; 0 if none waits
   int turn_cycles;       // by which one starts later than the one before
   int in_flight;         // tiles that the producer lets be on their way
-  int64_t scratch_words;
+  int channel_words;     // of scratch: a line for the count of the blocks that have published, then a word for each block
+  int64_t scratch_words; // of all channels
   int shared_bytes;
   double per_element, per_element_but_one;  // 1 / (N·HW) and 1 / (N·HW − 1)
 };
@@ -469,7 +471,7 @@ struct Plan {
 struct Arguments {
   FusedBatchNormCall call;
   Plan plan;
-  Word* scratch;         // [C][team + 1], content unknown at the start
+  Word* scratch;         // [C][channel_words], content unknown at the start
 };
 
 template <typename A>
@@ -948,8 +950,8 @@ __device__ void hold(const Block& b, int warp, T sample) {
 template <int kPerLane>
 __device__ Sums<double> exchange(const Block& b, int64_t channel, const Sums<double>& own) {
   const int lane = b.lane, team = b.a.plan.team;
-  Word* const words = b.a.scratch + channel * (team + 1);
-  Word* const published = words + team;  // counts the blocks
+  Word* const published = b.a.scratch + channel * b.a.plan.channel_words;  // counts the blocks
+  Word* const words = published + kLineWords;
   if (lane == 0) {
     store_word(&words[b.rank], Word{own.s1, (unsigned long long)__double_as_longlong(-own.s2)});
     add_one(&published->tag);
@@ -1311,6 +1313,10 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
     p.step_offset = p.step_vectors % p.plane_vectors;
     p.step_elements = int64_t(p.step_vectors / p.plane_vectors) * p.packs * p.plane;
   };
+  const auto set_scratch = [&](bool exchanged) {  // in whole lines: blocks look at the count while others still write their words
+    p.channel_words = exchanged ? int(ceil_div(p.team, kLineWords) + 1) * kLineWords : 0;
+    p.scratch_words = call.C * p.channel_words;
+  };
 
   // Resident or packed, if that fits with `team` blocks a channel, two blocks to a multiprocessor or more.
   const int64_t half_bytes = (device.shared_bytes - device.reserved_bytes) / 2;
@@ -1321,7 +1327,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
     p.by_team = divisor(team);
     p.cluster = call.training && team > 1 && !cooperative;
     p.cooperative = cooperative;
-    p.scratch_words = cooperative ? call.C * (team + 1) : 0;
+    set_scratch(cooperative);
     p.slots = p.tiles = 1;
     if (p.pack > 1) {  // whole planes, so that a thread's vectors are all at the same place of theirs
       set_tiles(ceil_div(call.N, team) * p.plane_vectors);
@@ -1403,7 +1409,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
   p.teams = int(std::min<int64_t>(device.multiprocessors / p.team, std::max<int64_t>(call.C, 1)));
   p.by_team = divisor(p.team);
   p.cooperative = p.team > 1 || (call.cumulative && call.num_batches_tracked);
-  p.scratch_words = p.team > 1 ? call.C * (p.team + 1) : 0;
+  set_scratch(p.team > 1);
 
   // Roles, and tiles of equal size.
   p.bulk = device.architecture >= 90 && p.plane_vectors >= 32;

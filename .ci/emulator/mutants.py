@@ -172,7 +172,7 @@ MUTANTS = [
     ("words wiped behind the grid's barrier", _ZERO, "", _GRID_WAIT, _GRID_WAIT + "\n  " + _ZERO),
     ("no barrier of the grid for the counter", "p.cooperative = p.team > 1 || (call.cumulative && call.num_batches_tracked);", "p.cooperative = p.team > 1;"),
     ("scratch not zeroed: state of an earlier launch", "store_word(&a.scratch[i], Word{0, 0});", ";"),
-    ("too little scratch", "call.C * (p.team + 1) : 0", "call.C * p.team : 0"),
+    ("too little scratch", "ceil_div(p.team, kLineWords) + 1", "ceil_div(p.team, kLineWords)"),
     ("a peer's words believed without their tags", "missing = missing || word[i].tag == 0;", "(void)0;"),
     ("words without a mark where s2 is 0", "__double_as_longlong(-own.s2)", "__double_as_longlong(own.s2)", "-__longlong_as_double(word[i].tag)", "__longlong_as_double(word[i].tag)"),
     ("waits for blocks beyond the team", "(unsigned long long)__double_as_longlong(-0.0)};", "0ull};"),
@@ -184,7 +184,7 @@ MUTANTS = [
     ("more blocks than fit", "config.gridDim = dim3(plan.team * plan.teams);", "config.gridDim = dim3(plan.team * (plan.teams + 1));"),
     # ---- between blocks, resident and packed
     ("resident: no barrier of the grid", "    wait_for_grid();\n    __syncthreads();\n", "    if (blockIdx.x == 0 && threadIdx.x == 0 && call.num_batches_tracked) ++*call.num_batches_tracked;\n    __syncthreads();\n"),
-    ("resident: too little scratch", "cooperative ? call.C * (team + 1) : 0", "cooperative ? call.C * team : 0"),
+    ("a team's channels share their scratch", "b.a.scratch + channel * b.a.plan.channel_words", "b.a.scratch + b.first_channel * b.a.plan.channel_words"),
     ("resident: every block of a team updates the running buffers", "if (b.rank == 0) parameters.save(p, moments, call.momentum);", "parameters.save(p, moments, call.momentum);"),
     ("resident: every block of a team reads the running statistics", "leads, b.rank == 0 || !call.training", "leads, true"),
     ("resident: no cooperative launch", "attributes[0].val.cooperative = plan.cooperative;", "attributes[0].val.cooperative = plan.cooperative && plan.structure > kPacked;"),
