@@ -118,6 +118,7 @@ MUTANTS = [
     ("the vectors in registers not summed", "    each_held(add);\n", ""),
     ("the vectors in shared memory not stored", "  each_kept(store, [] {});\n", ""),
     ("the second group of vectors left out", "group < 2; ++group", "group < 1; ++group"),
+    ("the second group of vectors not stored", "each_kept(store, [] {});", "each_kept([&](const auto& x, const auto& place) { if (&x - kept < int(p.early * p.threads)) store(x, place); }, [] {});"),
     ("a vector both in registers and in shared memory", "behind = kHeld * p.threads;", "behind = (kHeld - 1) * p.threads;"),
     ("too little room for the vectors in shared memory", "int64_t(resident_held(size, p.pack > 1)) * p.threads", "int64_t(resident_held(size, p.pack > 1) + 1) * p.threads"),
     ("threads beyond take vectors", "thread < p.threads ? share.count : 0", "share.count"),
