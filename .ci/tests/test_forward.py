@@ -1,0 +1,54 @@
+"""One forward, or a few, against float64: the table and random cases, on the GPU or on every pretended device."""
+
+from collections import Counter
+
+import pytest
+
+import cases
+import check
+import plan
+
+GPU = cases.present()
+DEVICES = [GPU] if GPU else cases.DEVICES
+LARGE_BYTES = 4 << 30
+
+
+def parameters():
+    """(case, device), one worker for those that take much memory."""
+    for case in cases.CASES:
+        for device in DEVICES:
+            case_here = case if GPU else cases.small_case(case)
+            marks = []
+            if case_here is None:
+                marks = [pytest.mark.skip("too large for a pretended device")]
+            elif check.memory_for(case_here) > LARGE_BYTES:
+                marks = [pytest.mark.xdist_group("large")]
+            yield pytest.param(case_here, device, marks=marks, id=f"{case.name}-{device}")
+
+
+@pytest.mark.parametrize("case, device_of_case", parameters())
+def test_case(target, case, device_of_case):
+    schedule = cases.CASES.index(case) if case in cases.CASES else 0
+    cases.check_on(target, case, device_of_case, schedule)
+
+
+def pytest_generate_tests(metafunc):
+    if "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", range(1, metafunc.config.getoption("seeds") + 1))
+
+
+def test_random_case(target, seed):
+    cases.check_on(target, *cases.random_case(seed, GPU), schedule=seed)
+
+
+@pytest.mark.emulated
+def test_every_branch_of_the_plan_is_taken(target, pytestconfig):
+    """By the cases above. As their plans say: each is executed there."""
+    tried = [(small, device) for case in cases.CASES if (small := cases.small_case(case)) for device in cases.DEVICES]
+    tried += [cases.random_case(seed) for seed in range(1, pytestconfig.getoption("seeds") + 1)]
+    taken = Counter()
+    for case, device in tried:
+        cases.pretend(target, device, schedule=0)
+        taken.update(plan.branches(target, case))
+    missing = [branch for branch in plan.BRANCHES if not taken[branch]]
+    assert not missing, f"taken by none of {len(tried)} cases: {missing}"
