@@ -56,7 +56,9 @@ def _make(directory, name, key, command, source=None):
     """The file `directory/<hash of key>-name`, made by `command(target)` unless it is there."""
     target = directory / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}-{name}"
     if not target.exists():
-        unfinished = target.with_name(f"{os.getpid()}-{target.name}")  # other processes may build the same
+        unfinished = target.with_name(
+            f"{os.getpid()}-{target.name}"
+        )  # other processes may build the same
         if source is not None:
             target.with_suffix(".cpp").write_text(source)
         _run(command(unfinished))
@@ -67,31 +69,58 @@ def _make(directory, name, key, command, source=None):
 @functools.cache
 def _own_files():
     """Name and content of the emulator's C++ files: whatever is built from them is built again when they change."""
-    files = sorted(p for folder in ("include", "runtime") for p in (HERE / folder).rglob("*") if p.is_file())
-    return tuple((str(p.relative_to(HERE)), p.read_text()) for p in files) + (torch.__version__, sys.version, _compiler())
+    files = sorted(
+        p for folder in ("include", "runtime") for p in (HERE / folder).rglob("*") if p.is_file()
+    )
+    return tuple((str(p.relative_to(HERE)), p.read_text()) for p in files) + (
+        torch.__version__,
+        sys.version,
+        _compiler(),
+    )
 
 
 def _torch_flags(name):
     includes = [*torch.utils.cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
-    return ["-std=c++20", "-w", f"-DTORCH_EXTENSION_NAME={name}", *(f"-isystem{path}" for path in includes)]
+    return [
+        "-std=c++20",
+        "-w",
+        f"-DTORCH_EXTENSION_NAME={name}",
+        *(f"-isystem{path}" for path in includes),
+    ]
 
 
 def _start_runtime(directory):
     global _runtime
     if _runtime is not None:
         return
-    sources = [HERE / "runtime" / name for name in ("runtime.cpp", "memory.cpp", "copies.cpp", "tensors.cpp")]
+    sources = [
+        HERE / "runtime" / name
+        for name in ("runtime.cpp", "memory.cpp", "copies.cpp", "tensors.cpp")
+    ]
 
     flags = [*_torch_flags("emulator"), "-O2", "-march=native", "-fPIC"]
     compile_one = lambda source: _make(
-        directory, f"{source.stem}.o", (source, _own_files()), lambda target: [_compiler(), *flags, "-c", source, "-o", target]
+        directory,
+        f"{source.stem}.o",
+        (source, _own_files()),
+        lambda target: [_compiler(), *flags, "-c", source, "-o", target],
     )
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
     libraries = pathlib.Path(torch.__file__).parent / "lib"
-    link = [_compiler(), "-shared", *objects, f"-L{libraries}", "-lc10", f"-Wl,-rpath,{libraries}", "-ldl"]
+    link = [
+        _compiler(),
+        "-shared",
+        *objects,
+        f"-L{libraries}",
+        "-lc10",
+        f"-Wl,-rpath,{libraries}",
+        "-ldl",
+    ]
     library = _make(directory, "emulator.so", objects, lambda target: [*link, "-o", target])
-    _runtime = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # the built texts find their functions in it
+    _runtime = ctypes.CDLL(
+        str(library), mode=ctypes.RTLD_GLOBAL
+    )  # the built texts find their functions in it
     _runtime.emulator_end.restype = ctypes.c_char_p
     _runtime.emulator_watch_allocations()
     set_device()
@@ -101,31 +130,69 @@ def _start_runtime(directory):
 def _build(name, directory, cpp_text, cuda_text):
     """Compiles the two texts (cached by content) and imports the module that they make."""
     directory.mkdir(parents=True, exist_ok=True)
-    gcc = "clang" not in subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
+    gcc = (
+        "clang"
+        not in subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
+    )
     # -fsanitize=thread: a call at each load and store, which runtime/memory.cpp answers; the sanitizer itself is not linked.
-    watched = ["-fsanitize=thread", "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"]
+    watched = [
+        "-fsanitize=thread",
+        "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+    ]
     watched += ["--param", "tsan-instrument-func-entry-exit=0"] if gcc else []
     # No fused multiply-add here, as everywhere in C++; -fno-gnu-unique, or two versions of a text would share variables.
-    kernel_flags = ["-std=c++17", "-O1", "-g1", "-w", "-fPIC", "-ffp-contract=off", f"-I{HERE / 'include'}", *watched]
+    kernel_flags = [
+        "-std=c++17",
+        "-O1",
+        "-g1",
+        "-w",
+        "-fPIC",
+        "-ffp-contract=off",
+        f"-I{HERE / 'include'}",
+        *watched,
+    ]
     kernel_flags += ["-fno-gnu-unique"] if gcc else []
     # Whatever the C++ text asks about CUDA is asked about the CPU; not so in the headers, which therefore come first.
     includes = "\n".join(re.findall(r"^\s*#include.*$", cpp_text, re.MULTILINE))
-    cpp_source = f"{includes}\n#define is_cuda is_cpu\n#line 1 \"FUSED_BATCH_NORM_CPP\"\n{cpp_text}"
+    cpp_source = f'{includes}\n#define is_cuda is_cpu\n#line 1 "FUSED_BATCH_NORM_CPP"\n{cpp_text}'
     cpp_flags = [*_torch_flags(name), "-fPIC", f"-I{HERE / 'include'}"]
 
     def compile_text(source, flags, kind):
         key = (source, flags, _own_files())
         text = directory / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}-{kind}.cpp"
-        return _make(directory, f"{kind}.o", key, lambda target: [_compiler(), *flags, "-c", text, "-o", target], source)
+        return _make(
+            directory,
+            f"{kind}.o",
+            key,
+            lambda target: [_compiler(), *flags, "-c", text, "-o", target],
+            source,
+        )
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         runtime = pool.submit(_start_runtime, directory)
-        parts = [pool.submit(compile_text, cpp_source, cpp_flags, "cpp"), pool.submit(compile_text, cuda_text, kernel_flags, "cuda")]
+        parts = [
+            pool.submit(compile_text, cpp_source, cpp_flags, "cpp"),
+            pool.submit(compile_text, cuda_text, kernel_flags, "cuda"),
+        ]
         runtime.result()
         objects = [part.result() for part in parts]
     libraries = pathlib.Path(torch.__file__).parent / "lib"
-    link = ["-shared", "-Wl,-Bsymbolic", *objects, f"-L{libraries}", "-lc10", "-ltorch_cpu", "-ltorch_python", f"-Wl,-rpath,{libraries}"]
-    library = _make(directory, f"{name}.so", [str(o) for o in objects], lambda target: [_compiler(), *link, "-o", target])
+    link = [
+        "-shared",
+        "-Wl,-Bsymbolic",
+        *objects,
+        f"-L{libraries}",
+        "-lc10",
+        "-ltorch_cpu",
+        "-ltorch_python",
+        f"-Wl,-rpath,{libraries}",
+    ]
+    library = _make(
+        directory,
+        f"{name}.so",
+        [str(o) for o in objects],
+        lambda target: [_compiler(), *link, "-o", target],
+    )
     # A name of its own for each build: pybind11 would give the first module of a name again.
     spec = importlib.util.spec_from_file_location(f"emulated_{library.name[:16]}.{name}", library)
     module = importlib.util.module_from_spec(spec)
@@ -150,7 +217,9 @@ class _Watched:
             if isinstance(value, torch.Tensor):
                 begin, end = _extent(value)
                 writable = name in BUFFERS and given["training"]
-                _runtime.emulator_expose(ctypes.c_size_t(begin), ctypes.c_size_t(end - begin), writable, 0, name.encode())
+                _runtime.emulator_expose(
+                    ctypes.c_size_t(begin), ctypes.c_size_t(end - begin), writable, 0, name.encode()
+                )
         found = b""
         try:
             self.last = self._module.fused_batch_norm_forward(*arguments, **named)
@@ -167,7 +236,9 @@ def _extent(tensor):
     if tensor.numel() == 0:
         return begin, begin
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    return max(begin & ~15, tensor.untyped_storage().data_ptr()), begin + (last + 1) * tensor.element_size()
+    return max(begin & ~15, tensor.untyped_storage().data_ptr()), begin + (
+        last + 1
+    ) * tensor.element_size()
 
 
 def _with_places(text):
@@ -283,8 +354,12 @@ def main(count=200, first_seed=1):
     processes = os.cpu_count() or 1
     seeds = range(first_seed, first_seed + count)
     total_failed, taken = 0, dict.fromkeys(random_cases.BRANCHES, 0)
-    with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        shares = [pool.submit(_fuzz_share, text, seeds[i :: 8 * processes]) for i in range(8 * processes)]
+    with concurrent.futures.ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn")
+    ) as pool:
+        shares = [
+            pool.submit(_fuzz_share, text, seeds[i :: 8 * processes]) for i in range(8 * processes)
+        ]
         for share in concurrent.futures.as_completed(shares):
             failed, lines, branches = share.result()
             print("\n".join(lines), end="\n" if lines else "", flush=True)

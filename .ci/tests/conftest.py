@@ -1,24 +1,28 @@
-"""Where the tests run: on the CUDA device, or without one on pretended devices, by the CPU (.ci/emulator).
+"""Where the tests run: on the CUDA device; without one on pretended devices, see .ci/emulator.
 
-    python -m pytest .ci/tests                       all; 100 random cases
-    python -m pytest .ci/tests --seeds 1000          more of them
-    python -m pytest .ci/tests -k "7x7 and sm_80"    some; -n 0 in this process, so that --pdb works
-    CUDA_VISIBLE_DEVICES= python -m pytest .ci/tests pretended devices though there is a GPU
+    python -m pytest .ci/tests                    all, with 100 random cases
+    python -m pytest .ci/tests --seeds 1000       with more of them
+    python -m pytest .ci/tests -k "7x7 and sm_80" some
+    python -m pytest .ci/tests -n 0 --pdb         in this process
+
+`CUDA_VISIBLE_DEVICES= python -m pytest .ci/tests` pretends though there is a GPU.
 """
 
 import os
 
-import check
+import cases
 import pytest
 import torch
 
-import cases
+import check
 
 torch.set_num_threads(1)  # each worker is a process of its own
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seeds", type=int, default=100, metavar="N", help="random cases 1 … N (default 100)")
+    parser.addoption(
+        "--seeds", type=int, default=100, metavar="N", help="random cases 1 … N (default 100)"
+    )
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -55,9 +59,10 @@ def model_new(text, device) -> dict:
 
 @pytest.fixture
 def target(model_new, device):
-    """Where a check runs; on pretended devices it starts with the first of them, under the first schedule."""
+    """Where a check runs; without a GPU on the first pretended device, until the test takes another."""
     target = check.Target(model_new, device, None if device == "cuda" else check.load_emulator())
     cases.pretend(target, cases.DEVICES[0], schedule=0)
+    torch.manual_seed(0)
     yield target
     if device == "cuda":
         torch.cuda.empty_cache()

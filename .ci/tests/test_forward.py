@@ -1,13 +1,14 @@
-"""One forward, or a few, against float64: the table and random cases, on the GPU or on every pretended device."""
+"""Forwards against float64: the table and random cases, on the GPU or on pretended devices."""
 
 import zlib
 from collections import Counter
 
-import pytest
-
 import cases
-import check
 import plan
+import pytest
+import torch
+
+import check
 
 GPU = cases.present()
 DEVICES = [GPU] if GPU else cases.DEVICES
@@ -22,14 +23,18 @@ def parameters():
             marks = []
             if case_here is None:
                 marks = [pytest.mark.skip("too large for a pretended device")]
-            elif check.memory_for(case_here) > LARGE_BYTES:
+            elif cases.memory_for(case_here) > LARGE_BYTES:
                 marks = [pytest.mark.xdist_group("large")]
-            yield pytest.param(case_here, device, marks=marks, id=f"{case.name}-{device}")
+            yield pytest.param(
+                case_here, device, marks=marks, id=f"{case.name.replace('×', 'x')}-{device}"
+            )
 
 
-@pytest.mark.parametrize("case, device_of_case", parameters())
+@pytest.mark.parametrize("case, device_of_case", list(parameters()))
 def test_case(target, case, device_of_case):
     schedule = zlib.crc32(f"{case}{device_of_case}".encode())
+    if target.cuda and cases.memory_for(case) > torch.cuda.mem_get_info()[0]:
+        pytest.skip(f"needs {cases.memory_for(case) / 1e9:.0f} GB of GPU memory")
     cases.pretend(target, device_of_case, schedule)
     check.check_case(target, case)
     if not target.cuda:
@@ -53,7 +58,12 @@ def test_random_case(target, seed):
 @pytest.mark.emulated
 def test_every_branch_of_the_plan_is_taken(target, pytestconfig):
     """By the cases above. As their plans say: each is executed there."""
-    tried = [(small, device) for case in cases.CASES if (small := cases.small_case(case)) for device in cases.DEVICES]
+    tried = [
+        (small, device)
+        for case in cases.CASES
+        if (small := cases.small_case(case))
+        for device in cases.DEVICES
+    ]
     tried += [cases.random_case(seed) for seed in range(1, pytestconfig.getoption("seeds") + 1)]
     taken = Counter()
     for case, device in tried:
