@@ -305,7 +305,7 @@ def random_case(seed: int, gpu: Device | None = None) -> tuple[Case, Device]:
     """The case of this seed, and the pretended device to run it on, or `gpu`.
 
     Drawn so that every structure of the plan comes often. That depends on how many channels, or
-    packs of them, there are for a multiprocessor, and on what share of its shared memory each takes.
+    packs of them, there are for a multiprocessor, and what share of its shared memory each takes.
     """
     r = random.Random(seed)
     dtype = r.choice((F32, F32, F16, BF16, F64))

@@ -59,7 +59,7 @@ def model_new(text, device) -> dict:
 
 @pytest.fixture
 def target(model_new, device):
-    """Where a check runs; without a GPU on the first pretended device, until the test takes another."""
+    """Where a check runs; without a GPU on the first pretended device, until it takes another."""
     target = check.Target(model_new, device, None if device == "cuda" else check.load_emulator())
     cases.pretend(target, cases.DEVICES[0], schedule=0)
     torch.manual_seed(0)

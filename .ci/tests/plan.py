@@ -100,10 +100,8 @@ def branches(target: check.Target, case: Case) -> set[str]:
     return taken
 
 
-def sm_80_structure(target: check.Target, case: Case) -> str:
-    """The structure by which a GPU without bulk copies and clusters runs the case."""
+def is_for_sm_80(target: check.Target, case: Case) -> bool:
+    """The plan for the case has no bulk copies, and no clusters."""
     plan = plan_of(target, case)
-    assert not plan["bulk"] and (plan["team"] == 1 or plan["cooperative"] or not case.training), (
-        f"not a plan for 8.0: {plan}"
-    )
-    return STRUCTURES[plan["structure"]]
+    cluster = case.training and plan["team"] > 1 and not plan["cooperative"]
+    return not plan["bulk"] and not cluster
