@@ -1,21 +1,20 @@
-"""Runs model_new.py without a GPU: its CUDA and C++ texts, unchanged, compiled by the host compiler and executed by the CPU.
+"""Runs model_new.py without a GPU: the CPU executes its CUDA and C++ texts, unchanged.
 
     import emulate
-    namespace = emulate.load(open("model_new.py").read())   # ModelNew in it takes CPU tensors
+    names = emulate.load(open("model_new.py").read())  # ModelNew in it takes CPU tensors
     emulate.set_device(multiprocessors=3, shared_bytes=16 * 1024, capability=(9, 0))
-    emulate.set_schedule(seed=7)                             # the order in which threads and copies go on
-    y = namespace["ModelNew"](5)(torch.rand(2, 5, 3, 3))
+    emulate.set_schedule(seed=7)  # the order in which threads and copies go on
+    y = names["ModelNew"](5)(torch.rand(2, 5, 3, 3))
 
-What a detector finds (README.md lists them) is raised as a RuntimeError with the place in the text and the seed.
-`python emulate.py [count] [first seed]` runs random cases and prints which branches of the plan they took.
+What a detector finds (README.md lists them) is raised as a RuntimeError with its place in the text.
 """
 
 import concurrent.futures
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib.util
-import multiprocessing
 import os
 import pathlib
 import re
@@ -33,10 +32,9 @@ ARGUMENTS = ("x", "gamma", "beta", "running_mean", "running_var", "num_batches_t
 BUFFERS = ARGUMENTS[3:6]
 
 _runtime = None  # the shared library of runtime/
-_loaded = None  # the namespace that load() made last
 
 
-# ---------------------------------------------------------------------------------------------- build
+# -------------------------------------------------------------------------------------------- build
 
 
 def _compiler():
@@ -55,20 +53,20 @@ def _run(command):
 def _make(directory, name, key, command, source=None):
     """The file `directory/<hash of key>-name`, made by `command(target)` unless it is there."""
     target = directory / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}-{name}"
-    if not target.exists():
-        unfinished = target.with_name(
-            f"{os.getpid()}-{target.name}"
-        )  # other processes may build the same
-        if source is not None:
-            target.with_suffix(".cpp").write_text(source)
-        _run(command(unfinished))
-        unfinished.replace(target)
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process that wants the same makes it once
+        if not target.exists():
+            unfinished = target.with_name(f"unfinished-{target.name}")
+            if source is not None:
+                target.with_suffix(".cpp").write_text(source)
+            _run(command(unfinished))
+            unfinished.replace(target)
     return target
 
 
 @functools.cache
 def _own_files():
-    """Name and content of the emulator's C++ files: whatever is built from them is built again when they change."""
+    """Name and content of the emulator's C++ files, on which all that is built depends."""
     files = sorted(
         p for folder in ("include", "runtime") for p in (HERE / folder).rglob("*") if p.is_file()
     )
@@ -89,38 +87,28 @@ def _torch_flags(name):
     ]
 
 
+def _library_flags():
+    libraries = pathlib.Path(torch.__file__).parent / "lib"
+    return [f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
+
+
 def _start_runtime(directory):
     global _runtime
     if _runtime is not None:
         return
-    sources = [
-        HERE / "runtime" / name
-        for name in ("runtime.cpp", "memory.cpp", "copies.cpp", "tensors.cpp")
-    ]
-
     flags = [*_torch_flags("emulator"), "-O2", "-march=native", "-fPIC"]
-    compile_one = lambda source: _make(
-        directory,
-        f"{source.stem}.o",
-        (source, _own_files()),
-        lambda target: [_compiler(), *flags, "-c", source, "-o", target],
-    )
+
+    def compile_one(name):
+        source = HERE / "runtime" / f"{name}.cpp"
+        command = lambda target: [_compiler(), *flags, "-c", source, "-o", target]
+        return _make(directory, f"{name}.o", (name, flags, _own_files()), command)
+
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
-    libraries = pathlib.Path(torch.__file__).parent / "lib"
-    link = [
-        _compiler(),
-        "-shared",
-        *objects,
-        f"-L{libraries}",
-        "-lc10",
-        f"-Wl,-rpath,{libraries}",
-        "-ldl",
-    ]
+        objects = list(pool.map(compile_one, ("runtime", "memory", "copies", "tensors")))
+    link = [_compiler(), "-shared", *objects, *_library_flags(), "-lc10", "-ldl"]
     library = _make(directory, "emulator.so", objects, lambda target: [*link, "-o", target])
-    _runtime = ctypes.CDLL(
-        str(library), mode=ctypes.RTLD_GLOBAL
-    )  # the built texts find their functions in it
+    # Global: the built texts find their functions in it.
+    _runtime = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     _runtime.emulator_end.restype = ctypes.c_char_p
     _runtime.emulator_watch_allocations()
     set_device()
@@ -130,29 +118,16 @@ def _start_runtime(directory):
 def _build(name, directory, cpp_text, cuda_text):
     """Compiles the two texts (cached by content) and imports the module that they make."""
     directory.mkdir(parents=True, exist_ok=True)
-    gcc = (
-        "clang"
-        not in subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
-    )
-    # -fsanitize=thread: a call at each load and store, which runtime/memory.cpp answers; the sanitizer itself is not linked.
-    watched = [
-        "-fsanitize=thread",
-        "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
-    ]
-    watched += ["--param", "tsan-instrument-func-entry-exit=0"] if gcc else []
-    # No fused multiply-add here, as everywhere in C++; -fno-gnu-unique, or two versions of a text would share variables.
-    kernel_flags = [
-        "-std=c++17",
-        "-O1",
-        "-g1",
-        "-w",
-        "-fPIC",
-        "-ffp-contract=off",
-        f"-I{HERE / 'include'}",
-        *watched,
-    ]
-    kernel_flags += ["-fno-gnu-unique"] if gcc else []
-    # Whatever the C++ text asks about CUDA is asked about the CPU; not so in the headers, which therefore come first.
+    version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
+    kernel_flags = ["-std=c++17", "-O1", "-g1", "-w", "-fPIC", "-ffp-contract=off"]
+    # A call at each load and store, which runtime/memory.cpp answers: no sanitizer is linked.
+    kernel_flags += ["-fsanitize=thread", f"-I{HERE / 'include'}"]
+    undefined = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
+    kernel_flags += [f"-fsanitize={undefined}"]
+    if "clang" not in version:
+        kernel_flags += ["--param", "tsan-instrument-func-entry-exit=0"]
+        kernel_flags += ["-fno-gnu-unique"]  # or two versions of a text would share variables
+    # What the text asks about CUDA is asked about the CPU; not so what the headers ask.
     includes = "\n".join(re.findall(r"^\s*#include.*$", cpp_text, re.MULTILINE))
     cpp_source = f'{includes}\n#define is_cuda is_cpu\n#line 1 "FUSED_BATCH_NORM_CPP"\n{cpp_text}'
     cpp_flags = [*_torch_flags(name), "-fPIC", f"-I{HERE / 'include'}"]
@@ -160,13 +135,8 @@ def _build(name, directory, cpp_text, cuda_text):
     def compile_text(source, flags, kind):
         key = (source, flags, _own_files())
         text = directory / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}-{kind}.cpp"
-        return _make(
-            directory,
-            f"{kind}.o",
-            key,
-            lambda target: [_compiler(), *flags, "-c", text, "-o", target],
-            source,
-        )
+        command = lambda target: [_compiler(), *flags, "-c", text, "-o", target]
+        return _make(directory, f"{kind}.o", key, command, source)
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         runtime = pool.submit(_start_runtime, directory)
@@ -176,23 +146,10 @@ def _build(name, directory, cpp_text, cuda_text):
         ]
         runtime.result()
         objects = [part.result() for part in parts]
-    libraries = pathlib.Path(torch.__file__).parent / "lib"
-    link = [
-        "-shared",
-        "-Wl,-Bsymbolic",
-        *objects,
-        f"-L{libraries}",
-        "-lc10",
-        "-ltorch_cpu",
-        "-ltorch_python",
-        f"-Wl,-rpath,{libraries}",
-    ]
-    library = _make(
-        directory,
-        f"{name}.so",
-        [str(o) for o in objects],
-        lambda target: [_compiler(), *link, "-o", target],
-    )
+    link = [_compiler(), "-shared", "-Wl,-Bsymbolic", *objects, *_library_flags()]
+    link += ["-lc10", "-ltorch_cpu", "-ltorch_python"]
+    key = [str(o) for o in objects]
+    library = _make(directory, f"{name}.so", key, lambda target: [*link, "-o", target])
     # A name of its own for each build: pybind11 would give the first module of a name again.
     spec = importlib.util.spec_from_file_location(f"emulated_{library.name[:16]}.{name}", library)
     module = importlib.util.module_from_spec(spec)
@@ -211,7 +168,7 @@ class _Watched:
         return getattr(self._module, name)
 
     def fused_batch_norm_forward(self, *arguments, **named):
-        given = dict(zip(ARGUMENTS, arguments), **named)
+        given = dict(zip(ARGUMENTS, arguments, strict=False), **named)
         _runtime.emulator_begin()
         for name, value in given.items():
             if isinstance(value, torch.Tensor):
@@ -231,11 +188,13 @@ class _Watched:
 
 
 def _extent(tensor):
-    """Addresses that a kernel may read: the tensor's own, and before them what shares a 16-byte vector with the first."""
+    """Addresses that may be read: the tensor's own, and what shares a vector with the first."""
     begin = tensor.data_ptr()
     if tensor.numel() == 0:
         return begin, begin
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     return max(begin & ~15, tensor.untyped_storage().data_ptr()), begin + (
         last + 1
     ) * tensor.element_size()
@@ -248,27 +207,27 @@ def _with_places(text):
         library, offset = match.groups()
         if not shutil.which("addr2line"):
             return match.group()
-        # A return address: the call is just before it. With -i, innermost first; the first in the text is the place.
+        # A return address: the call is just before it. -i: innermost first; the first in the text.
         command = ["addr2line", "-i", "-e", library, hex(int(offset, 16) - 1)]
         for place in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
             path, _, number = place.split(" ")[0].rpartition(":")
             if path.endswith("-cuda.cpp") and number.isdigit():
-                return f"line {number} `{pathlib.Path(path).read_text().splitlines()[int(number) - 1].strip()}`"
+                source = pathlib.Path(path).read_text().splitlines()
+                return f"line {number} `{source[int(number) - 1].strip()}`"
         return match.group()
 
     return re.sub(r"\[([^\[\]]+)\+(0x[0-9a-f]+)\]", line, text)
 
 
-# ---------------------------------------------------------------------------------------------- interface
+# ---------------------------------------------------------------------------------------- interface
 
 
 def load(text, *, build_dir=None):
     """Executes the text of model_new.py so that its kernel runs on the CPU. Returns its namespace.
 
-    build_dir: where compiled files are kept (default: build/ beside this file). The first build takes about 9 s, one that
-    changes only the CUDA text about 5 s, none under 1 s.
+    build_dir: where compiled files are kept, by content (default: build/ beside this file). The
+    first build takes about 9 s, one that changes only the CUDA text about 5 s, none under 1 s.
     """
-    global _loaded
     directory = pathlib.Path(build_dir or HERE / "build")
 
     def load_inline(name, cpp_sources, cuda_sources, **_):
@@ -297,12 +256,11 @@ def load(text, *, build_dir=None):
             del os.environ["TORCH_CUDA_ARCH_LIST"]
         else:
             os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
-    _loaded = namespace
     return namespace
 
 
 def set_device(multiprocessors=3, shared_bytes=16 * 1024, capability=(9, 0)):
-    """The pretended device. shared_bytes: what one block may have at most, up to 256 KB; a multiprocessor has 1 KB more."""
+    """The pretended device. shared_bytes: of one block, up to 256 KB; an SM has 1 KB more."""
     major, minor = capability
     _runtime.emulator_set_device(multiprocessors, shared_bytes, 10 * major + minor)
 
@@ -311,66 +269,3 @@ def set_schedule(seed, policy=None):
     """Who runs when. policy: one of POLICIES; None: chosen by the seed."""
     number = seed % len(POLICIES) if policy is None else POLICIES.index(policy)
     _runtime.emulator_set_schedule(ctypes.c_uint64(seed), number)
-
-
-def fuzz(first_seed, count, report=print, taken=None):
-    """Runs the random cases of the seeds first_seed … with what load() loaded last.
-
-    report: gets a line for each failure. taken: a dictionary that counts the cases for each branch of the plan.
-    Returns (passed, failed, lines of the failures).
-    """
-    import fuzz as random_cases
-
-    failures = []
-    for seed in range(first_seed, first_seed + count):
-        case = random_cases.draw(seed)
-        try:
-            branches = random_cases.run(sys.modules[__name__], _loaded, case)
-        except Exception as error:  # whatever goes wrong is the case's failure
-            failures.append(f"{case}\n  {type(error).__name__}: {error}")
-            report(failures[-1])
-            continue
-        for branch in branches if taken is not None else ():
-            taken[branch] = taken.get(branch, 0) + 1
-    return count - len(failures), len(failures), failures
-
-
-# ---------------------------------------------------------------------------------------------- command line
-
-
-def _fuzz_share(text, seeds):
-    torch.set_num_threads(1)
-    load(text)
-    taken, lines = {}, []
-    failed = sum(fuzz(seed, 1, lines.append, taken)[1] for seed in seeds)
-    return failed, lines, taken
-
-
-def main(count=200, first_seed=1):
-    import fuzz as random_cases
-
-    text = (HERE.parents[1] / "model_new.py").read_text()
-    load(text)
-    processes = os.cpu_count() or 1
-    seeds = range(first_seed, first_seed + count)
-    total_failed, taken = 0, dict.fromkeys(random_cases.BRANCHES, 0)
-    with concurrent.futures.ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn")
-    ) as pool:
-        shares = [
-            pool.submit(_fuzz_share, text, seeds[i :: 8 * processes]) for i in range(8 * processes)
-        ]
-        for share in concurrent.futures.as_completed(shares):
-            failed, lines, branches = share.result()
-            print("\n".join(lines), end="\n" if lines else "", flush=True)
-            total_failed += failed
-            for branch, cases in branches.items():
-                taken[branch] = taken.get(branch, 0) + cases
-    for branch in sorted(taken):
-        print(f"{taken[branch]:6} cases: {branch}")
-    print(f"{count - total_failed} passed, {total_failed} failed")
-    return total_failed == 0 and all(taken.values())
-
-
-if __name__ == "__main__":
-    sys.exit(0 if main(*map(int, sys.argv[1:])) else 1)

@@ -1,6 +1,5 @@
 """The CUDA text, compiled by nvcc for each architecture: no spills, and no kernel compiled away."""
 
-import functools
 import itertools
 import json
 import re
@@ -40,12 +39,17 @@ def print_build_arguments():
     print(json.dumps(load_inline.call_args.kwargs))
 
 
-@functools.cache
-def compiled(family: tuple[int, ...], directory) -> dict[int, str]:
-    """What ptxas says of each of the family's architectures."""
-    said = in_new_python(print_build_arguments, TORCH_CUDA_ARCH_LIST="9.0")
-    arguments = json.loads(said.splitlines()[-1])
-    source = directory / "fused_batch_norm.cu"
+@pytest.mark.skipif(not NVCC, reason="no nvcc")
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: " ".join(f"sm_{a}" for a in family))
+def test_compiled_without_spills(family, tmp_path):
+    """By one compilation; ptxas says of each kernel what it takes."""
+    said = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True).stdout
+    family = [a for a in family if f"sm_{a}" in said.split()]
+    if not family:
+        pytest.skip("this nvcc is of another time")
+    printed = in_new_python(print_build_arguments, TORCH_CUDA_ARCH_LIST="9.0")
+    arguments = json.loads(printed.splitlines()[-1])
+    source = tmp_path / "fused_batch_norm.cu"
     source.write_text("\n".join(arguments["cuda_sources"]))
     # torch's flags and the text's own, less those that choose an architecture
     flags = ["-std=c++17", *cpp_extension.COMMON_NVCC_FLAGS]
@@ -55,26 +59,10 @@ def compiled(family: tuple[int, ...], directory) -> dict[int, str]:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = re.split(r"^ptxas info\s*: Compiling entry function", done.stderr, flags=re.M)[1:]
-    return {a: "".join(kernel for kernel in kernels if f"for 'sm_{a}'" in kernel) for a in family}
-
-
-def parameters():
-    for family in FAMILIES:
-        for a in family:  # one worker for a family, since it is compiled once
-            marks = pytest.mark.xdist_group(f"nvcc {family[0]}")
-            yield pytest.param(a, tuple(family), id=f"sm_{a}", marks=marks)
-
-
-@pytest.mark.skipif(not NVCC, reason="no nvcc")
-@pytest.mark.parametrize("architecture, family", list(parameters()))
-def test_compiled_without_spills(architecture, family, tmp_path_factory, record_property):
-    known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    family = tuple(a for a in family if f"sm_{a}" in known)
-    if architecture not in family:
-        pytest.skip("this nvcc is of another time")
-    said = compiled(family, tmp_path_factory.getbasetemp())[architecture]
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said))
-    record_property("registers", registers)
-    assert spilled == 0, f"{spilled} bytes spilled by {len(registers)} kernels"
-    assert min(registers, default=0) >= 24, "a kernel is compiled away, or down to a trap"
+    for a in family:
+        taken = [kernel for kernel in kernels if f"for 'sm_{a}'" in kernel]
+        registers = [int(re.search(r"Used (\d+) registers", kernel)[1]) for kernel in taken]
+        spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", "".join(taken))]
+        print(f"sm_{a}: {len(registers)} kernels, up to {max(registers)} registers")
+        assert sum(spilled) == 0, f"sm_{a}: {sum(spilled)} bytes spilled by {len(taken)} kernels"
+        assert min(registers) >= 24, f"sm_{a}: a kernel is compiled away, or down to a trap"

@@ -1,5 +1,6 @@
 """Forwards against float64: the table and random cases, on the GPU or on pretended devices."""
 
+import fcntl
 import zlib
 from collections import Counter
 
@@ -16,25 +17,36 @@ LARGE_BYTES = 4 << 30
 
 
 def parameters():
-    """(case, device), one worker for those that take much memory."""
     for case in cases.CASES:
-        for device in DEVICES:
-            case_here = case if GPU else cases.small_case(case)
-            marks = []
-            if case_here is None:
-                marks = [pytest.mark.skip("too large for a pretended device")]
-            elif cases.memory_for(case_here) > LARGE_BYTES:
-                marks = [pytest.mark.xdist_group("large")]
-            yield pytest.param(
-                case_here, device, marks=marks, id=f"{case.name.replace('×', 'x')}-{device}"
-            )
+        name = case.name.replace("×", "x")
+        case = case if GPU else cases.small_case(case)
+        if case is None:
+            too_large = pytest.mark.skip("too large for a pretended device")
+            yield pytest.param(None, None, marks=too_large, id=name)
+        for device in DEVICES if case else ():
+            yield pytest.param(case, device, id=f"{name}-{device}")
+
+
+@pytest.fixture
+def room(target, case, tmp_path_factory):
+    """The GPU memory that the case takes. Of those that take much, one runs at a time."""
+    nbytes = cases.memory_for(case)
+    if not target.cuda or nbytes < LARGE_BYTES:
+        yield
+        return
+    lock = tmp_path_factory.getbasetemp().parent / "room.lock"
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if nbytes > torch.cuda.mem_get_info()[0]:
+            pytest.skip(f"needs {nbytes / 1e9:.0f} GB of GPU memory")
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("case, device_of_case", list(parameters()))
+@pytest.mark.usefixtures("room")
 def test_case(target, case, device_of_case):
     schedule = zlib.crc32(f"{case}{device_of_case}".encode())
-    if target.cuda and cases.memory_for(case) > torch.cuda.mem_get_info()[0]:
-        pytest.skip(f"needs {cases.memory_for(case) / 1e9:.0f} GB of GPU memory")
     cases.pretend(target, device_of_case, schedule)
     check.check_case(target, case)
     if not target.cuda:

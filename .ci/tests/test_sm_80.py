@@ -36,7 +36,6 @@ def sm_80_names(text, device, model_new):
     return names
 
 
-@pytest.mark.xdist_group("sm_80")  # the driver compiles the PTX for each process, some 30 s
 @pytest.mark.parametrize("name", NAMES)
 def test_sm_80(target, sm_80_names, name):
     target.names = sm_80_names
