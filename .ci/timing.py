@@ -185,7 +185,7 @@ class Measured:
     def verdict(self) -> str:
         asked = {"copy": self.row.bar, "eager": 1, "compile": 1}
         ratios = self.speed_up()
-        missed = [f"{bar:.3g} × {n}" for n, bar in asked.items() if ratios.get(n, bar) < bar]
+        missed = [f"{bar:.2f} × {n}" for n, bar in asked.items() if ratios.get(n, bar) < bar]
         return "below " + ", ".join(missed) if missed else "met"
 
     def cells(self) -> dict[str, str]:
@@ -197,6 +197,7 @@ class Measured:
             "p10–p90": f"{low:.1f}–{high:.1f}",
             "TB/s": f"{2 * self.row.nbytes / median / 1e6:.2f}",
             **{f"× {name}": f"{ratio:.2f}" for name, ratio in self.speed_up().items()},
+            "bar": f"{self.row.bar:.2f}" if self.row.bar else "–",
             "verdict": self.verdict(),
         }
 
