@@ -17,17 +17,13 @@ Exit status: 0, or 1 if a case failed, 2 for wrong arguments. A speed below its 
 import argparse
 import copy
 import itertools
-import json
 import math
-import random
 import re
-import statistics
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # not needed here
@@ -36,13 +32,15 @@ import torch
 import torch.nn as nn
 
 ROOT = Path(__file__).resolve().parent
+sys.path[:0] = [str(ROOT / ".ci"), str(ROOT / ".ci" / "emulator")]
+
+import readme
+import timing
+from texts import execute, renamed, sm_80_text, text_of
+
 TEXT_PATH = ROOT / "model_new.py"
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 DTYPES = {"float32": F32, "float16": F16, "bfloat16": BF16, "float64": F64}
-
-
-def show(shape, dtype: torch.dtype) -> str:
-    return f"{'×'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
 
 
 # -------------------------------------------------------------------------------------- the cases
@@ -67,8 +65,7 @@ def planted(*values: tuple[tuple, float]) -> Callable:
 
 
 ALL = slice(None)
-# How x is made, from its shape and a source of normally distributed numbers.
-DATA: dict[str, Callable] = {
+DATA: dict[str, Callable] = {  # x from its shape and a source of normally distributed numbers
     "mixed": mixed,
     "mean 1e6": lambda shape, normal: normal(*shape) + 1e6,
     "constant": planted(((ALL, 0), 12345.678), ((ALL, -1), 0.1)),
@@ -86,8 +83,7 @@ def strided(x: torch.Tensor) -> torch.Tensor:
     return large[:, :, ::2, 1::2]
 
 
-# How x lies in memory.
-LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+LAYOUTS: dict[str, Callable] = {  # how x lies in memory
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "unaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
@@ -110,35 +106,29 @@ class Case:
     settings: tuple[tuple[str, object], ...] = ()  # arguments of the constructor
 
     def __str__(self) -> str:
-        return f"{self.name}, {show(self.shape, self.dtype)}"
+        return f"{self.name}, {timing.Row(self.shape, self.dtype)}"
 
 
 CASES = [
-    # Every kind of plan: what has to stay on the chip of a channel grows downwards.
     Case("small channels", (32, 1024, 14, 14), small=(3, 5, 8, 8)),
     Case("middle channels", (32, 256, 56, 56), small=(4, 3, 16, 16)),
     Case("large channels", (16, 64, 256, 256), small=(5, 2, 64, 64)),
     Case("very large channels", (64, 64, 512, 512), data="uniform", small=(7, 1, 96, 96)),
     Case("few channels", (8, 3, 224, 224), small=(2, 3, 64, 64)),
-    # Planes that end inside a vector.
     Case("plane 7×7", (32, 2048, 7, 7), small=(16, 9, 7, 7)),
     Case("plane 1×1", (128, 10, 1, 1)),
     Case("odd plane", (7, 33, 101, 99), small=(3, 2, 51, 49)),
     Case("large odd plane", (64, 8, 511, 513), BF16, F32, small=(5, 1, 95, 97)),
-    # Types of x and of the parameters.
     Case("half parameters", (16, 48, 32, 32), F16, small=(3, 4, 8, 16)),
     Case("float parameters", (16, 48, 32, 32), BF16, F32, small=(3, 4, 8, 16)),
     Case("double", (16, 48, 32, 32), F64, small=(3, 4, 8, 8)),
-    # Layouts.
     Case("channels-last", (16, 64, 28, 28), layout="channels_last", small=(3, 8, 6, 6)),
     Case("unaligned by one element", (8, 16, 32, 32), layout="unaligned", small=(3, 3, 8, 8)),
     Case("every other row and column", (8, 16, 32, 32), layout="strided", small=(3, 3, 8, 8)),
-    # Values on which careless sums fail.
     Case("mean/std = 1e6", (16, 64, 56, 56), data="mean 1e6", small=(4, 3, 16, 16)),
     Case("a constant channel", (16, 8, 56, 56), data="constant", small=(4, 3, 16, 16)),
     Case("an outlier of 1e6 first", (16, 8, 56, 56), data="outlier first", small=(4, 3, 16, 16)),
     Case("NaN, ±inf in a channel", (16, 8, 56, 56), data="not finite", small=(4, 5, 16, 16)),
-    # The module.
     Case("momentum=None", (3, 4, 9, 9), steps=3, settings=(("momentum", None),)),
     Case("eval", (16, 64, 56, 56), training=False, small=(3, 4, 8, 8)),
     Case("backward", (16, 24, 28, 28), backward=True, small=(3, 4, 6, 6)),
@@ -187,7 +177,7 @@ class Oracle:
     inv_std: torch.Tensor
     gamma: torch.Tensor
     beta: torch.Tensor
-    own_error: float  # in roundings: the oracle is no wider than a float64 output
+    own_error: float  # roundings: the oracle is no wider than a float64 y
 
     def centred(self, x: torch.Tensor, c: slice = ALL) -> torch.Tensor:
         return (x.double() - per_channel(self.mean[c])) - per_channel(self.mean_rest[c])
@@ -241,13 +231,14 @@ def limit_for(theirs: float, own_error: float = 0.0, steps: int = 1) -> float:
     return 2 * max(theirs if math.isfinite(theirs) else 0.0, 1.0) + steps + own_error
 
 
-def within(limit: float, name: str, got, want, unit, origin=(0, 0, 0, 0)) -> float:
-    """got's largest error; raises with the first place beyond `limit`, counted from `origin`."""
+def within(limit: float, name: str, got, want, unit, piece: tuple[slice, ...] = ()) -> float:
+    """got's largest error; raises with the first place beyond `limit`. got: [piece] of `name`."""
     assert got.shape == want.shape, f"{name}: {want.shape} expected, got {got.shape}"
     error = roundings(got, want, unit)
     if largest(error) > limit:
         at = tuple((error > limit).nonzero()[0].tolist())
-        place, wrong = [i + j for i, j in zip(at, origin)], int((error > limit).sum())
+        starts, wrong = [s.start for s in piece] + [0] * 4, int((error > limit).sum())
+        place = [i + start for i, start in zip(at, starts)]
         raise AssertionError(
             f"{name}{place}: {want[at].item():.9g} expected, got {got[at].item():.9g} "
             f"({error[at].item():.3g} u, limit {limit:.3g} u; {wrong} of {error.numel()} wrong)"
@@ -268,8 +259,7 @@ def judge_y(x, y, y_torch, oracle: Oracle) -> tuple[float, float]:
         theirs = max(theirs, largest(roundings(y_torch[at], *oracle.y(x[at], at[1]))))
     limit = limit_for(theirs, oracle.own_error)
     for at in pieces(x.shape):
-        origin = [*(s.start for s in at), 0]
-        ours = max(ours, within(limit, "y", y[at], *oracle.y(x[at], at[1]), origin))
+        ours = max(ours, within(limit, "y", y[at], *oracle.y(x[at], at[1]), piece=at))
     return ours, theirs
 
 
@@ -313,8 +303,8 @@ def make_pair(target: Target, C: int, dtype: torch.dtype, training=True, seed=0,
 
 def check_case(target: Target, case: Case) -> tuple[float, float]:
     """Checks y, the running buffers, the gradients; returns y's error, ours and torch's."""
-    params = case.params or case.dtype
-    ours, theirs = make_pair(target, case.shape[1], params, case.training, **dict(case.settings))
+    C, params, settings = case.shape[1], case.params or case.dtype, dict(case.settings)
+    ours, theirs = make_pair(target, C, params, case.training, **settings)
     for step in range(case.steps):
         x = make_x(case, target.device, step)
         oracle, before = make_oracle(x, theirs), copy.deepcopy(theirs)
@@ -348,45 +338,32 @@ def judge_buffers(ours, theirs, before, oracle: Oracle, x: torch.Tensor, torch_r
         return
     batches, got = before.num_batches_tracked.item() + ours.training, ours.num_batches_tracked
     assert got.item() == batches, f"num_batches_tracked: {batches} expected, got {got.item()}"
-    batch_mean, batch_var = oracle.mean + oracle.mean_rest, oracle.var
     mean, var = before.running_mean.double(), before.running_var.double()
     if ours.training and x.numel():
         momentum = 1 / batches if before.momentum is None else before.momentum
         count = x.numel() // x.shape[1]
-        mean = (1 - momentum) * mean + momentum * batch_mean
-        var = (1 - momentum) * var + momentum * batch_var * (count / (count - 1))
-    # 1 − momentum and momentum are rounded, too.
-    rule = {"own_error": oracle.own_error, "steps": 2 if ours.training else 0}
-    mean_unit = mean.abs() + batch_var.sqrt().nan_to_num(0.0)
-    torchs = (theirs.running_mean, theirs.running_var) if torch_ran else (None, None)
-    judge("running_mean", ours.running_mean, torchs[0], mean, mean_unit, **rule)
-    judge("running_var", ours.running_var, torchs[1], var, var.abs() + before.eps, **rule)
+        mean = (1 - momentum) * mean + momentum * (oracle.mean + oracle.mean_rest)
+        var = (1 - momentum) * var + momentum * oracle.var * (count / (count - 1))
+    units = mean.abs() + oracle.var.sqrt().nan_to_num(0.0), var.abs() + before.eps
+    steps = 2 if ours.training else 0  # momentum and 1 − momentum are rounded, too
+    for name, want, unit in zip(("running_mean", "running_var"), (mean, var), units):
+        got, torchs = getattr(ours, name), getattr(theirs, name) if torch_ran else None
+        judge(name, got, torchs, want, unit, own_error=oracle.own_error, steps=steps)
     ours.load_state_dict(theirs.state_dict())
 
 
-def check_backward(ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> float:
-    """The gradients of x, gamma and beta, held to float64's, beside torch's; our largest error."""
-    dy, gradients, worst = torch.randn_like(x) / 16, [], 0.0
+def check_backward(ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> None:
+    """Holds the gradients of x, gamma and beta to those of nn.BatchNorm2d in float64."""
+    dy, gradients = torch.randn_like(x) / 16, []  # small: their sums must fit into float16
     for model, dtype in ((ours, x.dtype), (theirs, x.dtype), (copy.deepcopy(theirs).double(), F64)):
         leaf = x.to(dtype, copy=True).requires_grad_()
         with torch.backends.cudnn.flags(enabled=False):  # ours calls PyTorch's own, not cuDNN's
             wanted = [leaf, *model.parameters()]
             gradients.append(torch.autograd.grad(model(leaf), wanted, dy.to(dtype)))
-    for name, got, their, want in zip(("dx", "dgamma", "dbeta"), *gradients):
-        assert got.dtype == their.dtype, f"{name}: {their.dtype} expected, got {got.dtype}"
+    for name, got, torchs, want in zip(("dx", "dgamma", "dbeta"), *gradients):
+        assert got.dtype == torchs.dtype, f"{name}: {torchs.dtype} expected, got {got.dtype}"
         unit = want.abs().max().expand_as(want)
-        worst = max(worst, judge(name, got, their, want, unit, own_error=4.0 * (x.dtype == F64)))
-    return worst
-
-
-# ------------------------------------------------------------------------------------ the targets
-
-
-def execute(text: str) -> dict:
-    """The names that the text defines, made as benchmark harnesses do: without __file__."""
-    names: dict = {}
-    exec(compile(text, "<string>", "exec"), names)
-    return names
+        judge(name, got, torchs, want, unit, own_error=4.0 * (x.dtype == F64))
 
 
 def load_on_gpu(text: str) -> Target:
@@ -394,170 +371,128 @@ def load_on_gpu(text: str) -> Target:
 
 
 def load_emulator():
-    """The module .ci/emulator/emulate.py; its first pretended device takes every kind of plan."""
-    sys.path.insert(0, str(ROOT / ".ci" / "emulator"))
-    import emulate
+    import emulate  # .ci/emulator/emulate.py
 
     return emulate
 
 
-def renamed(text: str, suffix: str) -> str:
-    """The text with an extension and operators of its own, to be loaded beside another one."""
-    return re.sub(
-        r"""(["']|ops\.)fused_batch_norm(?=["'.:])""", rf"\1fused_batch_norm_{suffix}", text
-    )
+# ------------------------------------------------------------------------------------------- main
 
 
-def sm_80_text(text: str) -> str:
-    """What GPUs without bulk copies and clusters run: PTX of compute capability 8.0 only."""
-    option = '["-gencode=arch=compute_80,code=compute_80"]'
-    text, found = re.subn(r'\[f"-gencode=.*?\]', option, text)
-    assert found == 1, f"model_new.py chooses its architecture in {found} places, expected 1"
-    return renamed(text, "sm_80")
-
-
-# ------------------------------------------------------------------------------------------ speed
-
-CARDS = ("H100", "H200")
-# x's type; the share of a copy's speed that the project asks of itself on each of CARDS; shapes.
-NCHW = [
-    (F32, (0.84, 0.80), "64x64x512x512"),  # the benchmark's own, see reference_model.py
-    (F32, (0.93, 0.91), "16x64x256x256 8x64x512x512 128x256x56x56"),
-    (F32, (0.93, 0.90), "32x64x112x112 32x256x56x56 32x512x28x28 32x1024x14x14 32x128x28x28"),
-    (F32, (0.93, 0.90), "32x64x56x56"),
-    (F32, (0.88, 0.85), "32x2048x7x7 7x33x101x99"),
-    (F16, (0.88, 0.85), "64x320x40x40"),
-    (BF16, (0.88, 0.83), "256x64x112x112 256x256x56x56 256x2048x7x7"),
-    (F32, (0.75, 0.74), "2x3x1024x1024 8x3x224x224 128x10x64x64"),
-]
-CHANNELS_LAST = [  # asked where a group of 128 bytes of channels fits on the chip, and where not
-    (F32, (0.70, 0.66), "32x256x56x56 32x512x28x28 32x1024x14x14 1024x512x1x1"),
-    (F32, (0.62, 0.58), "32x64x112x112 128x256x56x56 16x64x256x256"),
-    (F16, (0.70, 0.66), "32x256x56x56 256x512x28x28 256x2048x7x7"),
-    (F16, (0.62, 0.58), "256x64x112x112 256x256x56x56"),
-    (BF16, (0.70, 0.66), "256x512x28x28 256x1024x14x14 256x2048x7x7"),
-    (BF16, (0.62, 0.58), "256x64x112x112 256x256x56x56"),
-    (F32, (), "8x3x224x224"),
-]
-SPIN_CYCLES = 500_000  # ~250 µs: Python gets ahead of the GPU, so that only GPU time is measured
-WARM_UP, BUDGET_US = 5, 600_000  # runs that do not count; GPU time for one row, roughly
-
-
-@dataclass
-class Row:
-    shape: tuple[int, int, int, int]
-    dtype: torch.dtype
-    layout: str = "contiguous"
-    bar: float | None = None
-    us: dict[str, list[float]] = field(default_factory=dict)  # each contender's runs, sorted
-
-    def at(self, name: str, share: float = 0.5) -> float:
-        times = self.us[name]
-        return times[round(share * (len(times) - 1))] if times else math.nan  # none: it failed
-
-    def peers(self) -> dict[str, float]:
-        """How many times as fast as each other contender ours is."""
-        return {p: self.at(p) / self.at("ours") for p in self.us if p not in ("copy", "ours")}
-
-    def verdict(self) -> str:
-        missed = [f"bar {self.bar:.2f}"] if self.bar and self.of_copy() < self.bar else []
-        missed += [peer for peer, speed_up in self.peers().items() if speed_up < 1]
-        return "below " + ", ".join(missed) if missed else "met"
-
-    def of_copy(self) -> float:
-        return self.at("copy") / self.at("ours")
-
-    def cells(self) -> dict[str, str]:
-        """TB/s counts what the operation needs: x read once, y written once."""
-        nbytes = 2 * math.prod(self.shape) * self.dtype.itemsize
-        runs = "{:.1f} ({:.1f}–{:.1f})".format(*(self.at("ours", p) for p in (0.5, 0.1, 0.9)))
-        return {
-            "x": show(self.shape, self.dtype),
-            **{f"{name} µs": f"{self.at(name):.1f}" for name in self.us if name != "ours"},
-            "ours µs (p10–p90)": runs,
-            "TB/s": f"{nbytes / self.at('ours') / 1e6:.2f}",
-            "of copy": f"{self.of_copy():.0%}",
-            **{f"× {peer}": f"{speed_up:.2f}" for peer, speed_up in self.peers().items()},
-            "verdict": self.verdict(),
-        }
-
-
-def take_turns(contenders: dict[str, Callable], xs: list[torch.Tensor]) -> dict[str, list[float]]:
-    """GPU time of every call in µs, sorted, per contender.
-
-    As benchmark harnesses do, each call comes behind a write that fills L2: else it would have to
-    write back what the one before has left there. Some of that outlives the write, so the order is
-    random; and each call has another x, so that L2 never holds what is read.
-    """
-    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    flush = torch.empty(4 * l2_bytes, device="cuda", dtype=torch.uint8)
-    once_us = sum(host_us(contender, xs[0], 1) for contender in contenders.values())
-    events: dict[str, list] = {name: [] for name in contenders}
-    x, order = itertools.cycle(xs), random.Random(0)
-    for _ in range(WARM_UP + max(20, min(100, int(BUDGET_US / once_us)))):
-        for name, contender in order.sample(list(contenders.items()), len(contenders)):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            torch.cuda._sleep(SPIN_CYCLES)
-            start.record()
-            contender(next(x))
-            stop.record()
-            events[name].append((start, stop))
-    torch.cuda.synchronize()
-    times = lambda runs: sorted(1000 * start.elapsed_time(stop) for start, stop in runs[WARM_UP:])
-    return {name: times(runs) for name, runs in events.items()}
-
-
-def host_us(function: Callable, x: torch.Tensor, calls: int) -> float:
-    """Of one call, the host's time included."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        function(x)
-    torch.cuda.synchronize()
-    return 1e6 * (time.perf_counter() - start) / calls
-
-
-@torch.no_grad()
-def measure(row: Row, target: Target, theirs: Target | None = None, peers: bool = True) -> Row:
-    """Times a copy, eager and compiled PyTorch (or `theirs` instead), and ours."""
-    nbytes = math.prod(row.shape) * row.dtype.itemsize
-    wanted = math.ceil(4 * torch.cuda.get_device_properties(0).L2_cache_size / nbytes)
-    room = int(0.6 * torch.cuda.mem_get_info()[0] / nbytes) - 2  # copy's y, and a result
-    new_x = lambda: LAYOUTS[row.layout](torch.rand(row.shape, device="cuda", dtype=row.dtype))
-    xs = [new_x() for _ in range(max(1, min(max(3, wanted), room)))]
-    contenders = {"copy": torch.empty_like(xs[0]).copy_}
-    if theirs:
-        contenders["theirs"] = theirs.model(row.shape[1]).to("cuda", row.dtype)
-    elif peers:
-        torch._dynamo.reset()
-        contenders["eager"] = nn.BatchNorm2d(row.shape[1]).to("cuda", row.dtype)
-        contenders["compile"] = torch.compile(copy.deepcopy(contenders["eager"]), dynamic=False)
-    contenders["ours"] = target.model(row.shape[1]).to("cuda", row.dtype)
-    us = {name: [] for name in contenders}
-    for name in us:
+def run_cases(cases: list[Case], target: Target, whose: str = "") -> dict[str, tuple | None]:
+    """Prints a line for each case; the errors of y, ours and torch's, None where it failed."""
+    errors: dict[str, tuple | None] = {}
+    for case in cases:
         try:
-            contenders[name](xs[0])
-        except Exception as error:  # a peer that cannot run this row leaves its cells empty
-            if name == "ours":
-                raise
-            print(f"{name} failed: {described(error)}")
-            del contenders[name]
-    return replace(row, us=us | take_turns(contenders, xs))
+            errors[str(case)] = check_case(target, case)
+            said = "ok    {:8.2f} u   torch {:9.3g} u".format(*errors[str(case)])
+        except torch.OutOfMemoryError:
+            said = "skip  needs more GPU memory"
+        except Exception as error:
+            errors[str(case)] = None
+            said = f"FAIL  {type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        print(f"{whose}{case!s:58} {said}", flush=True)
+    return errors
+
+
+def show_plan(target: Target, xs: list[timing.Row]) -> int:
+    """How each x would be launched, with what the text says of the fields of its struct Plan."""
+    struct = re.search(r"struct Plan \{(.*?)\n\};", target.names["FUSED_BATCH_NORM_CUDA"], re.S)
+    fields = re.findall(r"^\s*\w+ ([^;/]+);\s*//\s*(.*)$", struct[1] if struct else "", re.M)
+    reasons = {name.strip(): reason for names, reason in fields for name in names.split(",")}
+    for x in xs:
+        print(f"plan of {x}; bytes needed, x read and y written once each: {2 * x.nbytes:,}")
+        for key, value in target.plan(x.shape, x.dtype).items():
+            print(f"  {key:20} {value:<16,} {reasons.get(key, '')}".rstrip())
+    return 0
+
+
+def a_shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9][0-9]*([x×][1-9][0-9]*){3}", text):
+        raise argparse.ArgumentTypeError(f"{text} must be NxCxHxW, four sizes of 1 or more")
+    N, C, H, W = map(int, re.split("[x×]", text))
+    if N * H * W == 1:
+        raise argparse.ArgumentTypeError(f"{text} must have more than one value per channel")
+    return N, C, H, W
+
+
+def parse_arguments() -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.print_usage = lambda file=None: None  # what is wrong takes one line
+    add = parser.add_argument
+    shape = {"type": a_shape, "action": "append", "metavar": "NxCxHxW", "default": []}
+    add("--shape", **shape, help="check and time this x only; may be repeated")
+    add("--dtype", choices=DTYPES, help="its type (float32); alone: cases and table of this type")
+    add("--channels-last", action="store_true", help="x in channels-last layout")
+    add("--against", metavar="FILE|REV", help="another model_new.py beside ours, in the same run")
+    add("--plan", **shape, help="only print how this x would be launched, on any machine")
+    add("--json", type=Path, metavar="FILE", help="also write the measured rows")
+    add("--readme", action="store_true", help="measure everything, write the tables of README.md")
+    given, cuda = parser.parse_args(), torch.cuda.is_available()
+    used = [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value]
+    given.xs = [timing.Row(s, DTYPES[given.dtype or "float32"]) for s in given.shape + given.plan]
+    gpu_bytes = torch.cuda.mem_get_info()[1] if cuda else 288 << 30  # none has more
+    if given.plan and not {*used} <= {"--plan", "--dtype"}:
+        parser.error(f"--plan goes with --dtype only, got {' '.join(used)}")
+    if given.readme and used != ["--readme"]:
+        parser.error(f"--readme goes with no other option, got {' '.join(used)}")
+    if not cuda and not {*used} <= {"--plan", "--dtype"}:
+        parser.error(f"{' '.join(used)} must have a CUDA device, got none")
+    for x in given.xs:
+        if 2 * x.nbytes > gpu_bytes:
+            parser.error(f"{x} must fit into {gpu_bytes >> 30} GB of GPU memory, with its y")
+    try:
+        given.against = given.against and text_of(given.against)
+        given.json = given.json and given.json.open("w")
+    except (LookupError, OSError) as error:
+        parser.error(str(error))
+    given.dtype = DTYPES.get(given.dtype)
+    return given
+
+
+def choose_cases(given: argparse.Namespace) -> list[Case]:
+    layout = "channels_last" if given.channels_last else "contiguous"
+    if given.shape:
+        choices = itertools.product(given.xs, ("uniform", "mixed"))
+        return [Case(data, x.shape, x.dtype, data=data, layout=layout) for x, data in choices]
+    cases = [case for case in CASES if given.dtype in (None, case.dtype)]
+    if given.channels_last:
+        return [replace(case, layout=layout) for case in cases if case.layout == "contiguous"]
+    large = torch.cuda.is_available()
+    return [c if large or c.small == "same" else replace(c, shape=c.small) for c in cases]
 
 
 def main() -> int:
-    text = TEXT_PATH.read_text()
-    emulator = load_emulator()
-    target = Target(emulator.load(text), "cpu", emulator)
-    for case in CASES:
-        if case.small != "same":
-            case = replace(case, shape=case.small)
-        try:
-            print(case, check_case(target, case))
-        except Exception as e:
-            print("FAIL", case, type(e), e)
-    return 0
+    given, text = parse_arguments(), TEXT_PATH.read_text()
+    cuda, cases, start = torch.cuda.is_available(), choose_cases(given), time.perf_counter()
+    if cuda:
+        p = torch.cuda.get_device_properties(0)
+        print(f"{p.name}, {p.multi_processor_count} multiprocessors, torch {torch.__version__}")
+        target = load_on_gpu(text)
+    else:
+        print("No CUDA device: the CPU executes the kernel's text, on a pretended one; no timing.")
+        print("More tests: python -m pytest -c .ci/pytest.ini .ci/tests", flush=True)
+        target = Target(load_emulator().load(text), "cpu", load_emulator())
+    print(f"model_new.py loaded in {time.perf_counter() - start:.1f} s", flush=True)
+    if given.plan and not cuda:
+        target.emulator.set_device(132, 227 << 10, (9, 0))  # an H100's
+    if given.plan:
+        return show_plan(target, given.xs)
+    errors = run_cases(cases, target)
+    if cuda:
+        theirs = given.against and load_on_gpu(renamed(given.against, "theirs"))
+        if theirs:
+            run_cases(cases, theirs, "theirs: ")
+        rows = timing.choose(given.channels_last, given.shape, given.dtype)
+        measured = timing.measure_rows(rows, target.model, theirs and theirs.model)
+        if given.json:
+            timing.write_json(given.json, measured)
+        if given.readme:
+            readme.write(errors, measured, target.model, load_on_gpu(sm_80_text(text)).model)
+    failed = [*errors.values()].count(None)
+    print(f"{len(errors) - failed} passed, {failed} failed")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

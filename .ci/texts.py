@@ -1,0 +1,39 @@
+"""Texts of model_new.py beside the one in the working tree: other versions, other architectures."""
+
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def execute(text: str) -> dict:
+    """The names that the text defines, made as benchmark harnesses do: without __file__."""
+    names: dict = {}
+    exec(compile(text, "<string>", "exec"), names)
+    return names
+
+
+def text_of(version: str) -> str:
+    """A file's, or a git revision's; LookupError where there is neither."""
+    if Path(version).is_file():
+        text = Path(version).read_text()
+    else:
+        command = ["git", "-C", ROOT, "show", f"{version}:model_new.py"]
+        text = subprocess.run(command, capture_output=True, text=True).stdout
+    if "class ModelNew" not in text:
+        raise LookupError(f"{version} must be a file or revision with ModelNew, got neither")
+    return text
+
+
+def renamed(text: str, suffix: str) -> str:
+    """With another name for extension and operators, so that it can be loaded beside its like."""
+    return re.sub(r"""((["']|ops\.)fused_batch_norm)(?=["'.:])""", rf"\1_{suffix}", text)
+
+
+def sm_80_text(text: str) -> str:
+    """What GPUs without clusters run: compiled as far as PTX of compute capability 8.0 only."""
+    option = '["-gencode=arch=compute_80,code=compute_80"]'
+    text, found = re.subn(r'\[f"-gencode=.*?\]', option, text)
+    assert found == 1, f"model_new.py chooses its architecture in {found} places, expected 1"
+    return renamed(text, "sm_80")
