@@ -8,7 +8,7 @@ import subprocess
 from unittest import mock
 
 import pytest
-from test_pasting import in_new_python
+from scenes import in_new_python
 from torch.utils import cpp_extension
 
 import check

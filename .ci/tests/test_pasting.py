@@ -5,12 +5,10 @@ Each scene is a Python of its own, since a text that is executed leaves operator
 
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scenes import in_new_python
 from torch.utils import cpp_extension
 
 import check
@@ -69,19 +67,6 @@ def test_text_has(required):
 
 
 # --------------------------------------------------------------------------------------- scenes
-
-
-def in_new_python(scene, **environment: str) -> str:
-    """Calls the function in a Python of its own; returns what it printed."""
-    code = f"import {scene.__module__} as scenes; scenes.{scene.__name__}()"
-    paths = os.pathsep.join([str(Path(__file__).parent), str(check.ROOT)])
-    settings = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore", **environment}
-    settings = {key: value for key, value in settings.items() if value}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def use(names: dict) -> None:

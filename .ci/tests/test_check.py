@@ -1,0 +1,94 @@
+"""check.py as its user calls it."""
+
+import json
+
+import pytest
+import torch
+
+import check
+from check import Case
+
+
+def run(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr("sys.argv", ["check.py", *arguments])
+    return check.main()
+
+
+WRONG = {
+    "no shape": ["--plan", "axbxcxd"],
+    "three sizes": ["--plan", "4x64x56"],
+    "size 0": ["--plan", "0x0x0x0"],
+    "one value per channel": ["--plan", "1x64x1x1"],
+    "larger than a GPU": ["--plan", "100000x100000x1000x1000"],
+    "unknown type": ["--plan", "4x64x56x56", "--dtype", "int8"],
+    "plan and timing": ["--plan", "4x64x56x56", "--channels-last"],
+    "readme and a shape": ["--readme", "--shape", "4x64x56x56"],
+    "neither file nor revision": ["--against", "no such thing"],
+    "unknown option": ["--seeds", "-3"],
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG.values(), ids=WRONG)
+def test_wrong_arguments_get_one_line_and_exit_status_2(monkeypatch, capsys, arguments):
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, *arguments)
+    assert exit.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("check.py: error: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_timing_needs_a_gpu(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, "--shape", "4x64x56x56")
+    assert exit.value.code == 2
+    assert "--shape must have a CUDA device, got none" in capsys.readouterr().err
+
+
+def test_plan(monkeypatch, capsys, target):
+    assert run(monkeypatch, "--plan", "16x64x256x256") == 0
+    assert f"{2 * 4 * 16 * 64 * 256 * 256:,}" in capsys.readouterr().out
+
+
+def test_a_failing_case_is_counted(monkeypatch, capsys, target):
+    """A Case that check_case cannot make stands for one that fails."""
+    monkeypatch.setattr(check, "CASES", [Case("good", (2, 3, 4, 4)), Case("bad", (2, 3, 4))])
+    cases = check.run_cases(check.CASES, target)
+    assert [errors is None for errors in cases.values()] == [False, True]
+    assert "FAIL" in capsys.readouterr().out
+
+
+def broken(target, how):
+    """The target with a ModelNew whose y is changed by `how`, in place."""
+
+    class Broken(target.names["ModelNew"]):
+        def forward(self, x):
+            y = super().forward(x)
+            how(y)
+            return y
+
+    return check.Target({**target.names, "ModelNew": Broken}, target.device, target.emulator)
+
+
+def set_one(value):
+    return lambda y: y[1, 2, 3].fill_(value)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [set_one(9.0), set_one(torch.nan), set_one(torch.inf), lambda y: y.mul_(1 + 2**-18)],
+    ids=["another value", "NaN", "inf", "a factor of 1 + 2^-18"],
+)
+def test_a_wrong_y_is_found(target, how):
+    """With the first bad coordinate, where it is one row."""
+    with pytest.raises(AssertionError, match=r"y\[\d, \d, \d, \d\]: .* expected, got .* u, limit"):
+        check.check_case(broken(target, how), Case("", (3, 4, 5, 6)))
+
+
+@pytest.mark.cuda
+def test_one_shape_measured_against_this_very_text(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "rows.json"
+    arguments = ["--shape", "32x64x56x56", "--against", str(check.TEXT_PATH), "--json", str(path)]
+    assert run(monkeypatch, *arguments) == 0
+    assert "theirs" in capsys.readouterr().out
+    assert json.loads(path.read_text())
