@@ -7,7 +7,7 @@ from pathlib import Path
 
 import check
 
-PATHS = os.pathsep.join([str(Path(__file__).parent), str(check.ROOT)])
+PATHS = [str(Path(__file__).parent), str(check.ROOT), os.environ.get("PYTHONPATH", "")]
 
 
 def in_new_python(scene, *, under: tuple[str, ...] = (), **environment: str) -> str:
@@ -16,7 +16,12 @@ def in_new_python(scene, *, under: tuple[str, ...] = (), **environment: str) -> 
     An empty variable of the environment is one that is not there.
     """
     code = f"import {scene.__module__} as scenes; scenes.{scene.__name__}()"
-    settings = {**os.environ, "PYTHONPATH": PATHS, "PYTHONWARNINGS": "ignore", **environment}
+    settings = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(PATHS),
+        "PYTHONWARNINGS": "ignore",
+        **environment,
+    }
     settings = {key: value for key, value in settings.items() if value}
     command = [*under, sys.executable, "-c", code]
     done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=280)

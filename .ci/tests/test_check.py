@@ -50,11 +50,18 @@ def test_plan(monkeypatch, capsys, target):
     assert f"{2 * 4 * 16 * 64 * 256 * 256:,}" in capsys.readouterr().out
 
 
-def test_a_failing_case_is_counted(monkeypatch, capsys, target):
-    """A Case that check_case cannot make stands for one that fails."""
-    monkeypatch.setattr(check, "CASES", [Case("good", (2, 3, 4, 4)), Case("bad", (2, 3, 4))])
-    cases = check.run_cases(check.CASES, target)
-    assert [errors is None for errors in cases.values()] == [False, True]
+@pytest.mark.emulated
+def test_without_arguments(monkeypatch, capsys, target):
+    assert run(monkeypatch) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("No CUDA device")
+    assert said[-1] == f"{len(check.CASES)} passed, 0 failed"
+
+
+def test_a_failing_case_is_counted(capsys, target):
+    """A shape of three sizes stands for what fails."""
+    errors = check.run_cases([Case("good", (2, 3, 4, 4)), Case("bad", (2, 3, 4))], target)
+    assert [error is None for error in errors.values()] == [False, True]
     assert "FAIL" in capsys.readouterr().out
 
 
