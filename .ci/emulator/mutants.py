@@ -21,7 +21,7 @@ import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests"), str(HERE.parents[1])]
-CASES = 1000  # random cases for each mutant, at most
+CASES = 2000  # random cases for each mutant, at most
 LIMIT_S = 60  # of the build and of each case, after which the mutant counts as one that hangs
 CUDA_BEGINS = "FUSED_BATCH_NORM_CUDA = r'''"
 FASTER = '\n#pragma GCC optimize("O0")'  # compiles in a third of the time, most of what one takes

@@ -114,12 +114,14 @@ check.DATA |= {
     "outlier last": check.planted(((-1, 0, -1, -1), -1e6)),
     "outlier image": outlier_image,
 }
+UNALIGNED = {f"unaligned by {elems}": unaligned_by(elems) for elems in (2, 3, 4, 5, 7, 8)}
+check.LAYOUTS |= UNALIGNED
 check.LAYOUTS |= {
     "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "channel_slice": channel_slice,
     "expanded": lambda x: x[:1].expand(x.shape),
-    **{f"unaligned by {elems}": unaligned_by(elems) for elems in (2, 3, 4, 5, 7, 8)},
 }
+COPIED = ("channels_last", "strided", "transposed", "channel_slice", "expanded")
 
 
 # ------------------------------------------------------------------------------------ the table
@@ -354,13 +356,14 @@ def random_case(seed: int, gpu: Device | None = None) -> tuple[Case, Device]:
     N = max(1, int(min(share_bytes / dtype.itemsize / pack, most_elems / C) / (H * W)))
     if N * H * W == 1:
         N = 2
+    unaligned = r.choice(("unaligned", *UNALIGNED))
     case = Case(
         f"random {seed}",
         (N, C, H, W),
         dtype,
         params=r.choice((dtype, dtype if dtype == F64 else F32)),  # PyTorch cannot do the mix
         data=r.choice(("mixed", "uniform", "constant", *RANDOM_DATA)),
-        layout=r.choice(("contiguous",) * 6 + tuple(check.LAYOUTS)),
+        layout=r.choice(("contiguous",) * 6 + (*COPIED, unaligned, unaligned)),
         training=r.random() < 0.8,
         steps=r.choice((1, 1, 2)),
         settings=(
