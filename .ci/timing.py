@@ -236,4 +236,5 @@ def measure_rows(
 def write_json(file: TextIO, measured: list[Measured]) -> None:
     """Per row the deciles of each contender's times in µs."""
     rows = [{"x": str(m.row), "channels_last": m.row.channels_last, "us": m.us} for m in measured]
-    json.dump({"card": torch.cuda.get_device_name(), "rows": rows}, file, indent=1)
+    with file:
+        json.dump({"card": torch.cuda.get_device_name(), "rows": rows}, file, indent=1)
