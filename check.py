@@ -903,7 +903,7 @@ def assert_raises(kind: type[Exception], pattern: str, function: Callable) -> st
 def call_bound(target: Target, x=None, gamma=None, beta=None, running_mean=None, running_var=None, batches=None, momentum=0.1):
     x = random_x(target, 2, 4, 3, 3) if x is None else x
     forward = target.names["_fused_batch_norm"].fused_batch_norm_forward
-    return forward(x, gamma, beta, running_mean, running_var, batches, True, momentum, 1e-5)
+    return forward(x, gamma, beta, 1e-5, running_mean, running_var, batches, True, momentum)
 
 
 def ones(target: Target, *shape, dtype=F32) -> torch.Tensor:
