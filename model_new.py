@@ -27,11 +27,12 @@ from shape and device, one of these structures of the one kernel, and the sizes 
 import os
 import shutil
 import sys
+import warnings
 
 import torch
 import torch.utils.cpp_extension
 
-FUSED_BATCH_NORM_CALL = r'''
+FUSED_BATCH_NORM_CALL = r"""
 #include <stddef.h>
 #include <stdint.h>
 
@@ -60,9 +61,9 @@ struct FusedBatchNormCall {
 extern "C" const char* fused_batch_norm_launch(
     const FusedBatchNormCall* call, void* (*allocate)(size_t bytes, void* context), void* context, void* stream);
 extern "C" const char* fused_batch_norm_describe(const FusedBatchNormCall* call, char* text, size_t text_bytes);
-'''
+"""
 
-FUSED_BATCH_NORM_CUDA = r'''
+FUSED_BATCH_NORM_CUDA = r"""
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -392,7 +393,7 @@ __device__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 template <typename T, typename A> __device__ T narrow(A v) {
   if constexpr (sizeof(T) >= 4) return T(v);
-  else if constexpr (std::is_same<T, __half>::value) return __float2half_rn(float(v));
+  else if constexpr (std::is_same<T, __half>::value) return __floats2half2_rn(float(v), 0).x;
   else return __float2bfloat16_rn(float(v));
 }
 
@@ -1100,6 +1101,7 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
       barrier_init_fence();
       barrier_arrive_expect(gathered, p.pack * p.team * sizeof(Sums<double>));
     }
+    __syncwarp();      // .aligned: the warp's threads come to it together
     cluster_arrive();  // waited for below: then the peers are there
   }
   // In step, the blocks of a multiprocessor would all load, then all store, and memory would rest in between.
@@ -1144,6 +1146,7 @@ __device__ void resident(const Block& b, Wait wait_for_grid) {
   const Policy policy = make_policy(Keep::kLast);
   each_held([&](Vector<T>& x, const auto& place) { x = load(b, place, policy); });
   each_kept([&](Vector<T>& x, const auto& place) { fetch(b, place, &x, policy); }, [] { copies_commit(); });
+  __syncwarp();  // or threads that waited for their turn for longer would come apart from their warp
   if (p.cluster) cluster_wait();
   if (!call.training) {
     if (leads) results[warp] = parameters.result(parameters.running_mean.value(call.running_float), rsqrt(parameters.running_var.value(call.running_float) + call.eps));
@@ -1541,115 +1544,167 @@ extern "C" const char* fused_batch_norm_describe(const FusedBatchNormCall* call,
     return nullptr;
   });
 }
-'''
+"""
 
-FUSED_BATCH_NORM_CPP = r'''
+FUSED_BATCH_NORM_CPP = r"""
+#define AT_PER_OPERATOR_HEADERS  // or each header below brings all of ATen, which takes seconds
 #include <ATen/EmptyTensor.h>
-#include <ATen/core/Tensor.h>
-#include <c10/core/Allocator.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/native_batch_norm_backward.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/library.h>
 
-#include <optional>
-#include <string>
-#include <tuple>
+#include <algorithm>
+#include <array>
+
+// The arguments of the operators, as declared, as handed on and as PyTorch's schema.
+#define PARAMETERS                                                                \
+  const Tensor &x, const MaybeTensor &gamma, const MaybeTensor &beta, double eps, \
+      const MaybeTensor &running_mean, const MaybeTensor &running_var,            \
+      const MaybeTensor &num_batches_tracked, bool training, const MaybeDouble &momentum
+#define ARGUMENTS \
+  x, gamma, beta, eps, running_mean, running_var, num_batches_tracked, training, momentum
+#define SCHEMA                                                    \
+  "(Tensor x, Tensor? gamma, Tensor? beta, float eps=1e-5, "      \
+  "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, " \
+  "Tensor(c!)? num_batches_tracked=None, bool training=True, float? momentum=0.1) -> "
+#define QUOTED(name) #name
+#define EXPANDED(macro, ...) macro(__VA_ARGS__)
+#define NAMESPACE EXPANDED(QUOTED, TORCH_EXTENSION_NAME)  // another one for each build in a process
 
 namespace {
 
 using at::Tensor;
 using c10::ScalarType;
+using c10::SymInt;
+using std::string;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using MaybeDouble = std::optional<double>;
 using MaybeTensor = std::optional<Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // y and, of the batch, mean and inv_std: [C]
 
-// Messages are put together without streams: in an extension whose toolchain links libstdc++ in, those crash.
-[[noreturn]] void refuse(const std::string& argument, const std::string& requirement, const std::string& got) {
-  TORCH_CHECK(false, argument + " must " + requirement + ", got " + got);
+constexpr int64_t kVectorBytes = 16;
+
+// Without streams: in an extension whose toolchain links libstdc++ in, those crash.
+string must(const string& argument, const string& requirement, const string& got) {
+  return argument + " must " + requirement + ", got " + got;
 }
 
-std::string show(c10::IntArrayRef sizes) {
-  std::string text;
-  for (const int64_t size : sizes) text += (text.empty() ? "(" : ", ") + std::to_string(size);
-  return sizes.empty() ? "()" : text + ")";
-}
-
-std::string show(const MaybeTensor& t) { return t ? c10::toString(t->scalar_type()) : std::string("None"); }
-
-// A parameter or a running buffer: (C,), of x's own type or float32, on x's device.
-void check_per_channel(const char* name, const MaybeTensor& p, const Tensor& x) {
-  if (!p) return;
-  if (p->dim() != 1 || p->size(0) != x.size(1)) refuse(name, "have shape (C,) = (" + std::to_string(x.size(1)) + ",) as x has C", show(p->sizes()));
-  if (p->scalar_type() != x.scalar_type() && p->scalar_type() != ScalarType::Float)
-    refuse(name, std::string("be ") + c10::toString(x.scalar_type()) + " as x is, or Float", show(p));
-  if (p->device() != x.device()) refuse(name, "be on x's device " + x.device().str(), p->device().str());
-  if (!p->is_contiguous()) refuse(name, "be contiguous", "strides " + show(p->strides()));
-}
-
-void check_pair(const char* name, const MaybeTensor& p, const char* other_name, const MaybeTensor& other) {
-  if (p.has_value() != other.has_value() || (p && p->scalar_type() != other->scalar_type()))
-    refuse(other_name, std::string("go with ") + name + " and have its dtype " + show(p), show(other));
+string show(const MaybeTensor& t) {
+  if (!t)
+    return "None";
+  string sizes;
+  for (const SymInt& size : t->sym_sizes())
+    sizes += (sizes.empty() ? "" : ", ") + std::to_string(size.guard_int(__FILE__, __LINE__));
+  return string(c10::toString(t->scalar_type())) + " (" + sizes + ") on " + t->device().str();
 }
 
 int dtype_code(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return 0;
-    case ScalarType::Half: return 1;
-    case ScalarType::BFloat16: return 2;
-    case ScalarType::Double: return 3;
-    default: refuse("x", "be float32, float16, bfloat16 or float64", c10::toString(type));
-  }
+  constexpr ScalarType kTypes[] = {at::kFloat, at::kHalf, at::kBFloat16, at::kDouble};
+  const auto* found = std::find(std::begin(kTypes), std::end(kTypes), type);
+  TORCH_CHECK(found != std::end(kTypes),
+              must("x", "be float32, float16, bfloat16 or float64", c10::toString(type)));
+  return int(found - kTypes);
 }
 
-// Memory straight from the caching allocator: at::empty would fill it, with a kernel of its own, under
+// Raises what PyTorch's own layer raises.
+void check(PARAMETERS) {
+  TORCH_CHECK_VALUE(x.dim() == 4, must("x", "be 4-D (N, C, H, W)", show(x)));
+  dtype_code(x.scalar_type());
+  const auto check_pair = [&](const char* names, const MaybeTensor& p, const MaybeTensor& q) {
+    TORCH_CHECK(p.has_value() == q.has_value() && (!p || p->dtype() == q->dtype()),
+                must(names, "be two of one type, or None", show(p) + " and " + show(q)));
+  };
+  const auto check_one = [&](const char* name, const MaybeTensor& p) {
+    TORCH_CHECK(!p || (p->dim() == 1 && p->sym_size(0) == x.sym_size(1) &&
+                       (p->dtype() == x.dtype() || p->dtype() == at::kFloat) &&
+                       (p->device() == x.device() || x.is_meta())),
+                must(name, "be (C,), of x's type or float32, on x's device",
+                     show(p) + " for x " + show(x)));
+  };
+  check_one("gamma", gamma);
+  check_one("beta", beta);
+  check_one("running_mean", running_mean);
+  check_one("running_var", running_var);
+  check_pair("gamma and beta", gamma, beta);
+  check_pair("running_mean and running_var", running_mean, running_var);
+  TORCH_CHECK(!running_mean || (running_mean->is_contiguous() && running_var->is_contiguous()),
+              must("running_mean and running_var", "be contiguous", "other strides"));
+  TORCH_CHECK(training || running_mean, must("running_mean", "be given in eval mode", "None"));
+  const auto& count = num_batches_tracked;
+  TORCH_CHECK(!count || (count->dtype() == at::kLong && count->sym_numel() == 1 &&
+                         (count->device() == x.device() || x.is_meta())),
+              must("num_batches_tracked", "be one int64 on x's device", show(count)));
+  TORCH_CHECK_VALUE(!training || x.sym_size(0) * x.sym_size(2) * x.sym_size(3) != 1,
+                    must("x", "have more than 1 value per channel when training", show(x)));
+  TORCH_CHECK_VALUE(
+      eps > 0 || (eps == 0 && !training),
+      must("eps", training ? "be positive when training" : "not be negative", std::to_string(eps)));
+}
+
+// Straight from the allocator: at::empty would fill it, with a kernel of its own, under
 // torch.use_deterministic_algorithms(True).
-Tensor allocate(c10::IntArrayRef sizes, ScalarType type, const Tensor& like) {
-  return at::detail::empty_generic(sizes, c10::GetAllocator(like.device().type()), c10::DispatchKeySet(like.options().computeDispatchKey()), type, std::nullopt);
+Tensor allocate(const SymInt& elements, ScalarType type, const Tensor& like) {
+  return at::detail::empty_generic_symint({elements}, c10::GetAllocator(like.device().type()),
+                                          c10::DispatchKeySet(like.options().computeDispatchKey()),
+                                          type, std::nullopt);
 }
 
-void* data(const MaybeTensor& t) { return t.has_value() ? t->mutable_data_ptr() : nullptr; }
+// NCHW or channels-last as x, from element `shift` of its memory on; no view, since autograd lets
+// nobody change a view that a custom operator returns.
+Tensor allocate_y(const Tensor& x, const SymInt& shift) {
+  Tensor y = allocate(x.sym_numel() + shift, x.scalar_type(), x);
+  auto* impl = y.unsafeGetTensorImpl();
+  impl->generic_set_sizes_contiguous(x.sym_sizes());
+  impl->empty_tensor_restride(x.suggest_memory_format());
+  if (shift != 0)
+    impl->set_sizes_and_strides(x.sym_sizes(), y.sym_strides().vec(), shift);
+  return y;
+}
 
-std::tuple<Tensor, Tensor, Tensor> fused_batch_norm_forward(
-    const Tensor& x_any, const MaybeTensor& gamma, const MaybeTensor& beta, const MaybeTensor& running_mean,
-    const MaybeTensor& running_var, const MaybeTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps) {
-  if (x_any.dim() != 4) throw pybind11::value_error("x must be 4-D (N, C, H, W), got " + show(x_any.sizes()));
-  if (!x_any.is_cuda()) refuse("x", "be on a CUDA device", x_any.device().str());
-  const int dtype = dtype_code(x_any.scalar_type());
-  const int64_t N = x_any.size(0), C = x_any.size(1), HW = x_any.size(2) * x_any.size(3);
-  check_per_channel("gamma", gamma, x_any);
-  check_per_channel("beta", beta, x_any);
-  check_per_channel("running_mean", running_mean, x_any);
-  check_per_channel("running_var", running_var, x_any);
-  check_pair("gamma", gamma, "beta", beta);
-  check_pair("running_mean", running_mean, "running_var", running_var);
-  if (!training && !running_mean) refuse("running_mean", "be given in eval mode", "None");
-  if (const auto& t = num_batches_tracked; t && (t->scalar_type() != ScalarType::Long || t->numel() != 1 || t->device() != x_any.device()))
-    refuse("num_batches_tracked", "be one int64 on " + x_any.device().str(), show(t->sizes()) + " " + show(t) + " on " + t->device().str());
-  if (training && N * HW == 1)
-    throw pybind11::value_error("x must have more than 1 value per channel when training, got " + show(x_any.sizes()));
+int64_t elements_behind_boundary(const Tensor& t) {
+  return int64_t(uintptr_t(t.const_data_ptr()) % kVectorBytes / t.element_size());
+}
+
+// One launch. Where x has a shape but no memory (fake and meta tensors), outputs of the same layouts.
+Outputs run(PARAMETERS) {
+  check(ARGUMENTS);
+  const SymInt shift = x.is_meta()
+                           ? x.sym_storage_offset() % SymInt(kVectorBytes / x.element_size())
+                           : SymInt(elements_behind_boundary(x));
+  const auto wide = x.dtype() == at::kDouble ? at::kDouble : at::kFloat;
+  const SymInt saved = training ? x.sym_size(1) : SymInt(0);
+  const Outputs outputs{allocate_y(x, shift), allocate(saved, wide, x), allocate(saved, wide, x)};
+  if (x.is_meta())
+    return outputs;
+
+  TORCH_CHECK(x.is_cuda(), must("x", "be on a CUDA device", show(x)));
+  const int64_t N = x.size(0), C = x.size(1), HW = x.size(2) * x.size(3);
   // The kernel numbers a channel's 16-byte vectors (two more a plane for its edges) in 31 bits.
-  if (N * (HW * int64_t(x_any.element_size()) / 16 + 2) >= (int64_t(1) << 31) - (1 << 20)) refuse("x", "have less than 32 GB a channel", show(x_any.sizes()));
-
-  const c10::DeviceGuard guard(x_any.device());
-
-  // The kernel reads NCHW. Other layouts cost a copy each way and are kept.
-  const Tensor x = x_any.contiguous();
-  constexpr int64_t kVectorBytes = 16;
-  const int64_t item = x.element_size();
-  const int64_t shift = int64_t(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kVectorBytes) / item;
-  Tensor y;
-  if (shift == 0) {
-    y = allocate(x.sizes(), x.scalar_type(), x);
-  } else {  // y lies as x does, so that both have their 16-byte boundaries at the same elements
-    y = allocate({x.numel() + shift}, x.scalar_type(), x);
-    y = y.as_strided(x.sizes(), x.strides(), shift);
-  }
-  const ScalarType saved_type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const Tensor mean = allocate({training ? C : 0}, saved_type, x), inv_std = allocate({training ? C : 0}, saved_type, x);
-
+  const int64_t plane_vectors = HW * int64_t(x.element_size()) / kVectorBytes + 2;
+  TORCH_CHECK(N * plane_vectors < (int64_t(1) << 31) - (1 << 20),
+              must("x", "have less than 32 GB a channel", show(x)));
+  const c10::DeviceGuard guard(x.device());
+  const auto& [y, mean, inv_std] = outputs;
+  // The kernel takes NCHW, and y as far behind a boundary as x. Anything else costs copies.
+  const Tensor x_nchw = x.contiguous();
+  const int64_t x_shift = elements_behind_boundary(x_nchw);
+  const bool direct = y.is_contiguous() && x_shift == shift;
+  const Tensor y_nchw = direct ? y : allocate_y(x_nchw, x_shift);
+  const auto packed = [](const MaybeTensor& p) { return p ? p->contiguous() : p; };
+  const auto data = [](const MaybeTensor& p) { return p ? p->mutable_data_ptr() : nullptr; };
+  const auto is_float = [](const MaybeTensor& p) { return p && p->dtype() == at::kFloat; };
+  const MaybeTensor packed_gamma = packed(gamma), packed_beta = packed(beta);
   FusedBatchNormCall call{};
-  call.x = x.const_data_ptr();
-  call.y = y.mutable_data_ptr();
-  call.gamma = data(gamma);
-  call.beta = data(beta);
+  call.x = x_nchw.const_data_ptr();
+  call.y = y_nchw.mutable_data_ptr();
+  call.gamma = data(packed_gamma);
+  call.beta = data(packed_beta);
   call.running_mean = data(running_mean);
   call.running_var = data(running_var);
   call.num_batches_tracked = static_cast<int64_t*>(data(num_batches_tracked));
@@ -1661,29 +1716,135 @@ std::tuple<Tensor, Tensor, Tensor> fused_batch_norm_forward(
   call.eps = eps;
   call.momentum = momentum.value_or(0);
   call.cumulative = !momentum.has_value();
-  call.dtype = dtype;
-  call.affine_float = gamma.has_value() && gamma->scalar_type() == ScalarType::Float;
-  call.running_float = running_mean.has_value() && running_mean->scalar_type() == ScalarType::Float;
+  call.dtype = dtype_code(x.scalar_type());
+  call.affine_float = is_float(gamma);
+  call.running_float = is_float(running_mean);
   call.training = training;
-  Tensor scratch;  // freed on return: the allocator gives it away again only behind this launch on this stream
-  struct Context { Tensor* scratch; const Tensor* x; } context{&scratch, &x};
-  const char* error = fused_batch_norm_launch(
-      &call,
-      [](size_t bytes, void* context) {
-        auto* c = static_cast<Context*>(context);
-        *c->scratch = allocate({int64_t(bytes)}, ScalarType::Byte, *c->x);
-        return c->scratch->mutable_data_ptr();
-      },
-      &context, c10::cuda::getCurrentCUDAStream(x.device().index()).stream());
-  if (error) refuse("fused_batch_norm_forward_kernel", "be launchable on " + x.device().str(), std::string("CUDA error: ") + error);
-  if (!x.is_same(x_any)) y = y.contiguous(x_any.suggest_memory_format());
+  // Freed on return: the allocator gives it away again only behind this launch on this stream.
+  std::pair<const Tensor&, Tensor> scratch{x, {}};
+  const auto allocate_scratch = [](size_t bytes, void* context) {
+    auto& [like, memory] = *static_cast<decltype(scratch)*>(context);
+    memory = allocate(int64_t(bytes), at::kByte, like);
+    return memory.mutable_data_ptr();
+  };
+  const auto stream_of = &c10::cuda::getCurrentCUDAStream;
+  const char* error =
+      fused_batch_norm_launch(&call, allocate_scratch, &scratch, stream_of(x.device().index()));
+  TORCH_CHECK(!error, must("fused_batch_norm_forward_kernel", "run for x " + show(x),
+                           string("CUDA error: ") + error));
+  for (const auto* buffer : {&running_mean, &running_var, &num_batches_tracked})
+    if (training && *buffer)
+      (*buffer)->unsafeGetTensorImpl()->bump_version();
+  if (!direct)
+    y.copy_(y_nchw);
+  return outputs;
+}
+
+// Eval has an operator that changes no buffer: of one that is said to change, torch.compile would
+// save the new value for backward, and reuse the memory.
+template <Outputs (*run)(PARAMETERS)>
+Tensor eval(const Tensor& x, const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
+            const MaybeTensor& running_mean, const MaybeTensor& running_var) {
+  return std::get<0>(run(x, gamma, beta, eps, running_mean, running_var, {}, false, {}));
+}
+
+Outputs dispatch(PARAMETERS) {
+  const auto find = [](const char* name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+  };
+  static const auto to_train = find(NAMESPACE "::train").typed<decltype(run)>();
+  static const auto to_eval = find(NAMESPACE "::eval").typed<decltype(eval<run>)>();
+  if (training)
+    return to_train.call(ARGUMENTS);
+  return {to_eval.call(x, gamma, beta, eps, running_mean, running_var), Tensor(), Tensor()};
+}
+
+Tensor fused_batch_norm_forward(PARAMETERS) {
+  return std::get<0>(dispatch(ARGUMENTS));
+}
+
+struct FusedBatchNormBackward final : Node {
+  std::array<SavedVariable, 6> saved;  // x, gamma, running_mean, running_var, mean, inv_std
+  double eps;
+  bool training;
+
+  string name() const override { return "FusedBatchNormBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& variable : saved)
+      variable.reset_data();
+  }
+
+  std::vector<Tensor> apply(std::vector<Tensor>&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::array<Tensor, 6> unpacked;
+    for (size_t i = 0; i < saved.size(); ++i)
+      unpacked[i] = saved[i].unpack();
+    const auto& [x, gamma, running_mean, running_var, mean, inv_std] = unpacked;
+    if (!grads[0].defined())
+      return std::vector<Tensor>(3);
+    const auto zeros = [](const Tensor& p) { return p.defined() ? at::zeros_like(p) : p; };
+    if (x.sym_numel() == 0)
+      return {zeros(x), zeros(gamma), zeros(gamma)};
+    // PyTorch's kernels take parameters and buffers that are all of x's type or all of the wider.
+    bool mixed = false;
+    for (const Tensor* p : {&gamma, &running_mean})
+      mixed |= p->defined() && p->dtype() != x.dtype();
+    const auto wide = x.dtype() == at::kDouble ? at::kDouble : at::kFloat;
+    const auto taken = [&](const Tensor& p) { return mixed && p.defined() ? p.to(wide) : p; };
+    const auto needed = [&](size_t i) { return task_should_compute_output(i); };
+    auto [grad_x, grad_gamma, grad_beta] = at::native_batch_norm_backward(
+        grads[0], x, taken(gamma), taken(running_mean), taken(running_var), mean, inv_std, training,
+        eps, {needed(0), needed(1), needed(2)});
+    const auto as_gamma = [&](const Tensor& p) { return p.defined() ? p.to(gamma.dtype()) : p; };
+    return {grad_x, as_gamma(grad_gamma), as_gamma(grad_beta)};
+  }
+};
+
+// Nodes have shared_ptr as owners, in later versions of torch intrusive_ptr.
+template <typename Owner = decltype(torch::autograd::Edge::function)>
+Owner own(Node* node) {
+  if constexpr (std::is_constructible_v<Owner, Node*, void (*)(Node*)>)
+    return Owner(node, [](auto* node) { deleteNode(node); });
+  else
+    return Owner::unsafe_steal_from_new(node);
+}
+
+Outputs run_with_autograd(PARAMETERS) {
+  using namespace torch::autograd;
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !isFwGradDefined(x) && !isFwGradDefined(gamma) && !isFwGradDefined(beta),
+      must("gradients", "be taken by backward", "a tangent of forward-mode differentiation"));
+  const auto run_below = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return dispatch(ARGUMENTS);
+  };
+  if (!compute_requires_grad(x, gamma, beta))
+    return run_below();
+  auto* const node = new FusedBatchNormBackward;
+  const auto owner = own(node);
+  node->set_next_edges(collect_next_edges(x, gamma, beta));
+  node->eps = eps;
+  node->training = training;
+  const auto [y, mean, inv_std] = run_below();
+  const auto save = [](const MaybeTensor& t) { return SavedVariable(t, false); };
+  const MaybeTensor none;
+  node->saved = {save(x),
+                 save(gamma),
+                 save(training ? none : running_mean),
+                 save(training ? none : running_var),
+                 save(mean),
+                 save(inv_std)};
+  set_history(y, owner);
   return {y, mean, inv_std};
 }
 
-// The launch plan for a contiguous, aligned x on the current device, as "field=value field=value …".
-std::string fused_batch_norm_plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bool training, std::optional<double> momentum) {
-  FusedBatchNormCall call{};
+// The launch plan of a contiguous, aligned x on the current device, as "field=value field=value …".
+string plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bool training,
+            MaybeDouble momentum) {
   int64_t counter;
+  FusedBatchNormCall call{};
   call.num_batches_tracked = &counter;
   call.N = N;
   call.C = C;
@@ -1694,43 +1855,74 @@ std::string fused_batch_norm_plan(int64_t N, int64_t C, int64_t HW, ScalarType d
   call.training = training;
   char text[1024];
   const char* error = fused_batch_norm_describe(&call, text, sizeof text);
-  if (error) refuse("the current device", "run the kernel", std::string("CUDA error: ") + error);
+  TORCH_CHECK(!error, must("the device", "run the kernel", string("CUDA error: ") + error));
   return text;
 }
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("fused_batch_norm_forward", &fused_batch_norm_forward);
-  m.def("fused_batch_norm_plan", &fused_batch_norm_plan);
+EXPANDED(TORCH_LIBRARY, TORCH_EXTENSION_NAME, m) {
+  constexpr auto any_device = c10::DispatchKey::CompositeExplicitAutograd;
+  m.def("fused_batch_norm_forward" SCHEMA "Tensor", &fused_batch_norm_forward);
+  m.def("train" SCHEMA "(Tensor y, Tensor mean, Tensor inv_std)");
+  m.impl("train", any_device, &run);
+  m.impl("train", c10::DispatchKey::Autograd, &run_with_autograd);
+  m.def(
+      "eval(Tensor x, Tensor? gamma, Tensor? beta, float eps, "
+      "Tensor? running_mean, Tensor? running_var) -> Tensor");
+  m.impl("eval", any_device, &eval<run>);
+  m.impl("eval", c10::DispatchKey::Autograd, &eval<run_with_autograd>);
+  m.def("plan(int N, int C, int HW, ScalarType dtype, bool training, float? momentum) -> str",
+        &plan);
 }
-'''
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  const auto operators = pybind11::module_::import("torch").attr("ops").attr(NAMESPACE);
+  m.attr("fused_batch_norm_forward") = operators.attr("fused_batch_norm_forward").attr("default");
+  m.attr("fused_batch_norm_train") = operators.attr("train").attr("default");
+  m.attr("fused_batch_norm_plan") = operators.attr("plan").attr("default");
+}
+"""
 
 
 def _build_fused_batch_norm():
     """Compiles the two texts. Returns (module, None), or (None, what is missing to run here)."""
-    version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < (2, 9):
+    extension = torch.utils.cpp_extension
+    digits = ("".join(filter(str.isdigit, part)) for part in torch.__version__.split(".")[:2])
+    if tuple(int(d or 0) for d in digits) < (2, 9):
         return None, f"torch must be 2.9 or later, got {torch.__version__}"
     if torch.version.cuda is None:
         return None, f"torch must be a CUDA build, got {torch.__version__} without CUDA"
-    if torch.utils.cpp_extension.CUDA_HOME is None:
-        return None, "nvcc of a CUDA toolkit must be installed (on PATH or under CUDA_HOME), got none"
+    if extension.CUDA_HOME is None:
+        return None, "nvcc must be installed (on PATH or under CUDA_HOME), got none"
+    for path in (extension.TORCH_LIB_PATH, extension.CUDA_HOME):  # torch tells the linker unquoted
+        if " " in path:
+            return None, f"torch and CUDA must be installed under paths without spaces, got {path}"
     if shutil.which("ninja") is None:  # a venv that is not activated keeps it beside its python
-        os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
-    if torch.cuda.is_available():  # for the devices that are here, whatever TORCH_CUDA_ARCH_LIST says
-        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        architectures = [f"-gencode=arch=compute_{a}{b},code=sm_{a}{b}" for a, b in sorted(capabilities)]
+        beside = os.path.dirname(sys.executable)
+        os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
+    if (
+        torch.cuda.is_available()
+    ):  # for the devices that are here, whatever TORCH_CUDA_ARCH_LIST says
+        devices = range(torch.cuda.device_count())
+        capabilities = {torch.cuda.get_device_capability(i) for i in devices}
+        architectures = [f"-gencode=arch=compute_{a}{b},code=sm_{a}{b}" for a, b in capabilities]
     elif os.environ.get("TORCH_CUDA_ARCH_LIST"):
         architectures = []  # torch's own flags, made from the list
     else:
-        return None, "a CUDA device must be present (or TORCH_CUDA_ARCH_LIST set, to compile without one), got none"
-    module = torch.utils.cpp_extension.load_inline(
+        return None, "a CUDA device must be present (or TORCH_CUDA_ARCH_LIST set), got none"
+    directory = extension._get_build_directory("fused_batch_norm", verbose=False)
+    lock = os.path.join(directory, "lock")
+    if os.path.exists(lock):  # torch would wait without a word, and for ever if nobody builds
+        warnings.warn(
+            f"waiting for the build that holds {lock}: delete it if none is running", stacklevel=2
+        )
+    module = extension.load_inline(
         name="fused_batch_norm",
         cpp_sources=[FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CPP],
         cuda_sources=[FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CUDA],
         extra_cflags=["-O1"],  # it only checks and launches
-        extra_cuda_cflags=["-O3", "-split-compile=0", "-Xcompiler=-O1", *architectures],
+        extra_cuda_cflags=["-O3", "-split-compile=0", "-Xcompiler=-O1", *sorted(architectures)],
         no_implicit_headers=True,
     )
     return module, None
@@ -1739,79 +1931,14 @@ def _build_fused_batch_norm():
 _fused_batch_norm, _fused_batch_norm_missing = _build_fused_batch_norm()
 
 
-def _fused_batch_norm_backward(grad_y, x, gamma, running_mean, running_var, mean, inv_std, training, eps, needs):
-    """Gradients of x, gamma and beta (None where not needed), by PyTorch's own kernels."""
-    return torch.ops.aten.native_batch_norm_backward(
-        grad_y, x, gamma, running_mean, running_var, mean, inv_std, training, eps, needs
-    )
-
-
-class _FusedBatchNorm(torch.autograd.Function):
-    """The kernel as an autograd node, for eager mode."""
-
-    @staticmethod
-    def forward(ctx, x, gamma, beta, buffers, training, momentum, eps):
-        y, mean, inv_std = _fused_batch_norm.fused_batch_norm_forward(x, gamma, beta, *buffers, training, momentum, eps)
-        ctx.save_for_backward(x, gamma, mean, inv_std, *(() if training else buffers[:2]))
-        ctx.training, ctx.eps = training, eps
-        return y
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        x, gamma, mean, inv_std, *running = ctx.saved_tensors
-        grads = _fused_batch_norm_backward(
-            grad_y, x, gamma, *(running or (None, None)), mean, inv_std, ctx.training, ctx.eps, ctx.needs_input_grad[:3]
-        )
-        return *grads, None, None, None, None
-
-
-@torch.library.custom_op("fused_batch_norm::forward", mutates_args=())
-def _fused_batch_norm_op(
-    x: torch.Tensor,
-    gamma: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    num_batches_tracked: torch.Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """The kernel as torch.compile wants it: no argument changes, the new running buffers are returned."""
-    buffers = [b if b is None else b.clone() for b in (running_mean, running_var, num_batches_tracked)]
-    y, mean, inv_std = _fused_batch_norm.fused_batch_norm_forward(x, gamma, beta, *buffers, training, momentum, eps)
-    return y, mean, inv_std, [b for b in buffers if b is not None]
-
-
-@_fused_batch_norm_op.register_fake
-def _(x, gamma, beta, running_mean, running_var, num_batches_tracked, training, momentum, eps):
-    saved = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean, inv_std = x.new_empty(x.shape[1], dtype=saved), x.new_empty(x.shape[1], dtype=saved)
-    buffers = [torch.empty_like(b) for b in (running_mean, running_var, num_batches_tracked) if b is not None]
-    return torch.empty_like(x), mean, inv_std, buffers
-
-
-def _fused_batch_norm_op_setup(ctx, inputs, output):
-    x, gamma, _, running_mean, running_var, _, training, _, eps = inputs
-    ctx.save_for_backward(x, gamma, None if training else running_mean, None if training else running_var, *output[1:3])
-    ctx.training, ctx.eps = training, eps
-
-
-def _fused_batch_norm_op_backward(ctx, grad_y, *_):
-    grads = _fused_batch_norm_backward(grad_y, *ctx.saved_tensors, ctx.training, ctx.eps, ctx.needs_input_grad[:3])
-    return *grads, None, None, None, None, None, None
-
-
-_fused_batch_norm_op.register_autograd(_fused_batch_norm_op_backward, setup_context=_fused_batch_norm_op_setup)
-
-
 class ModelNew(torch.nn.Module):
-    """Batch normalisation over N, H, W of (N, C, H, W), as PyTorch's 2-D batch norm layer computes it.
+    """Batch normalisation of (N, C, H, W), as PyTorch's 2-D batch norm layer computes it.
 
         y = gamma · (x − mean) / √(var + eps) + beta
 
-    In train mode, or without running buffers, mean and biased var are the batch's, and one launch also updates
-    `running_mean`, `running_var` (unbiased) and `num_batches_tracked`. In eval mode they are the running buffers.
+    In train mode, or without running buffers, mean and biased var are the batch's, over N, H and W,
+    and the same launch updates `running_mean`, `running_var` (unbiased) and `num_batches_tracked`.
+    In eval mode they are the running buffers.
 
     Args:
         num_features: C.
@@ -1821,53 +1948,85 @@ class ModelNew(torch.nn.Module):
         track_running_stats: with running buffers.
         device, dtype: of parameters and buffers.
 
-    forward(x): x: (N, C, H, W) float32 | float16 | bfloat16 | float64, CUDA; parameters and buffers of the same type or
-    float32. Contiguous and channels-last layouts are kept (channels-last costs a copy each way). Returns y like x.
-    Differentiable. Raises ValueError for x that is not 4-D or has one value per channel in training, RuntimeError for
-    a wrong C, dtype or device. State dicts load with the names gamma, beta | weight, bias | bn.weight, bn.bias.
+    forward(x): x: (N, C, H, W) float32 | float16 | bfloat16 | float64, CUDA; parameters and buffers
+    of the same type or float32. Returns y like x, in NCHW or channels-last as x (channels-last
+    costs a copy each way). Differentiable by backward. Raises ValueError for x that is not 4-D or
+    has one value per channel in training and for eps that is not positive, RuntimeError for a wrong
+    C, dtype or device.
+
+    State dicts load with the names gamma, beta | weight, bias | bn.weight, bn.bias.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015, algorithms 1 and 2.
     """
 
-    def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, device=None, dtype=None):
+    _version = 2  # of its state dicts, counted as PyTorch does: 1 lacks num_batches_tracked
+
+    def __init__(
+        self,
+        num_features,
+        eps=1e-5,
+        momentum=0.1,
+        affine=True,
+        track_running_stats=True,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
-        like = {"device": device, "dtype": dtype}
-        self.gamma = torch.nn.Parameter(torch.ones(num_features, **like)) if affine else None
-        self.beta = torch.nn.Parameter(torch.zeros(num_features, **like)) if affine else None
-        self.register_buffer("running_mean", torch.zeros(num_features, **like) if track_running_stats else None)
-        self.register_buffer("running_var", torch.ones(num_features, **like) if track_running_stats else None)
-        tracked = torch.tensor(0, dtype=torch.long, device=device) if track_running_stats else None
-        self.register_buffer("num_batches_tracked", tracked)
+        empty = lambda: torch.empty(num_features, device=device, dtype=dtype)
+        for name in ("gamma", "beta"):
+            self.register_parameter(name, torch.nn.Parameter(empty()) if affine else None)
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, empty() if track_running_stats else None)
+        count = torch.empty((), device=device, dtype=torch.long) if track_running_stats else None
+        self.register_buffer("num_batches_tracked", count)
+        self.reset_parameters()
+
+    def reset_running_stats(self):
+        if self.track_running_stats:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        self.reset_running_stats()
+        if self.affine:
+            self.gamma.fill_(1)
+            self.beta.zero_()
 
     def forward(self, x):
         if _fused_batch_norm is None:
-            raise RuntimeError(f"fused_batch_norm_forward cannot run here: {_fused_batch_norm_missing}")
-        gamma, beta = self.gamma, self.beta
+            raise RuntimeError(f"fused_batch_norm cannot run here: {_fused_batch_norm_missing}")
+        buffers = self._buffers  # as attributes each would take 0.4 µs
         if self.training and not self.track_running_stats:
-            buffers = (None, None, None)
-        else:
-            buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
-        training = self.training or buffers[0] is None
-        if torch.compiler.is_compiling():
-            y, _, _, updated = _fused_batch_norm_op(x, gamma, beta, *buffers, training, self.momentum, self.eps)
-            if training:
-                for buffer, value in zip(buffers, updated):
-                    buffer.copy_(value)
-            return y
-        if torch.is_grad_enabled() and (x.requires_grad or (gamma is not None and (gamma.requires_grad or beta.requires_grad))):
-            return _FusedBatchNorm.apply(x, gamma, beta, buffers, training, self.momentum, self.eps)
-        return _fused_batch_norm.fused_batch_norm_forward(x, gamma, beta, *buffers, training, self.momentum, self.eps)[0]
-
-    def extra_repr(self):
-        return "{num_features}, eps={eps}, momentum={momentum}, affine={affine}, track_running_stats={track_running_stats}".format(
-            **self.__dict__
+            buffers = dict.fromkeys(buffers)
+        running_mean = buffers["running_mean"]
+        return _fused_batch_norm.fused_batch_norm_forward(
+            x,
+            self.gamma,
+            self.beta,
+            self.eps,
+            running_mean,
+            buffers["running_var"],
+            buffers["num_batches_tracked"],
+            self.training or running_mean is None,
+            self.momentum,
         )
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def extra_repr(self):
+        names = ("eps", "momentum", "affine", "track_running_stats")
+        return ", ".join([str(self.num_features), *(f"{n}={getattr(self, n)}" for n in names)])
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        renamed = {"weight": "gamma", "bias": "beta", **{name: name for name in self._buffers}}
         for outer in ("", "bn."):
-            for theirs, ours in (("weight", "gamma"), ("bias", "beta"), *((n, n) for n in self._buffers)):
+            for theirs, ours in renamed.items():
                 if outer + theirs != ours and prefix + outer + theirs in state_dict:
                     state_dict[prefix + ours] = state_dict.pop(prefix + outer + theirs)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        count = self.num_batches_tracked
+        if count is not None and local_metadata.get("version", 1) < self._version:
+            count = torch.tensor(0) if count.is_meta else count
+            state_dict.setdefault(prefix + "num_batches_tracked", count)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

@@ -28,8 +28,6 @@ import torch.utils.cpp_extension
 
 HERE = pathlib.Path(__file__).resolve().parent
 POLICIES = ("round_robin", "random", "starve", "last_first")
-ARGUMENTS = ("x", "gamma", "beta", "running_mean", "running_var", "num_batches_tracked", "training")
-BUFFERS = ARGUMENTS[3:6]
 
 _runtime = None  # the shared library of runtime/
 
@@ -129,8 +127,11 @@ def _build(name, directory, cpp_text, cuda_text):
         kernel_flags += ["-fno-gnu-unique"]  # or two versions of a text would share variables
     # What the text asks about CUDA is asked about the CPU; not so what the headers ask.
     includes = "\n".join(re.findall(r"^\s*#include.*$", cpp_text, re.MULTILINE))
-    cpp_source = f'{includes}\n#define is_cuda is_cpu\n#line 1 "FUSED_BATCH_NORM_CPP"\n{cpp_text}'
-    cpp_flags = [*_torch_flags(name), "-fPIC", f"-I{HERE / 'include'}"]
+    renamed = "#define is_cuda is_cpu\n#define fused_batch_norm_launch emulated_launch"
+    cpp_source = f'{includes}\n{renamed}\n#line 1 "FUSED_BATCH_NORM_CPP"\n{cpp_text}'
+    cpp_source += '\n#include "emulated_launch.h"\n'
+    unnamed = f"{name}_{16 * '0'}"
+    cpp_flags = [*_torch_flags(unnamed), "-fPIC", f"-I{HERE / 'include'}"]
 
     def compile_text(source, flags, kind):
         key = (source, flags, _own_files())
@@ -146,77 +147,20 @@ def _build(name, directory, cpp_text, cuda_text):
         ]
         runtime.result()
         objects = [part.result() for part in parts]
+    # Each build has a name of its own, under which its operators are registered. It is put into the
+    # object file, since compiling the C++ text takes longest.
+    name = f"{name}_{hashlib.sha256(repr(objects).encode()).hexdigest()[:16]}"
+    rename = f"LC_ALL=C sed s/{unnamed}/{name}/g {objects[0]}"
+    command = lambda target: ["sh", "-c", f"{rename} > {target}"]
+    objects[0] = _make(directory, "named.o", name, command)
     link = [_compiler(), "-shared", "-Wl,-Bsymbolic", *objects, *_library_flags()]
     link += ["-lc10", "-ltorch_cpu", "-ltorch_python"]
     key = [str(o) for o in objects]
     library = _make(directory, f"{name}.so", key, lambda target: [*link, "-o", target])
-    # A name of its own for each build: pybind11 would give the first module of a name again.
-    spec = importlib.util.spec_from_file_location(f"emulated_{library.name[:16]}.{name}", library)
+    spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return _Watched(module)
-
-
-class _Watched:
-    """The built module; its forward runs under the detectors, and what they find is raised."""
-
-    def __init__(self, module):
-        self._module = module
-        self.last = None  # y, mean and inv_std of the last call
-
-    def __getattr__(self, name):
-        return getattr(self._module, name)
-
-    def fused_batch_norm_forward(self, *arguments, **named):
-        given = dict(zip(ARGUMENTS, arguments, strict=False), **named)
-        _runtime.emulator_begin()
-        for name, value in given.items():
-            if isinstance(value, torch.Tensor):
-                begin, end = _extent(value)
-                writable = name in BUFFERS and given["training"]
-                _runtime.emulator_expose(
-                    ctypes.c_size_t(begin), ctypes.c_size_t(end - begin), writable, 0, name.encode()
-                )
-        found = b""
-        try:
-            self.last = self._module.fused_batch_norm_forward(*arguments, **named)
-            return self.last
-        finally:
-            found = _runtime.emulator_end()
-            if found:
-                raise RuntimeError(_with_places(found.decode()))
-
-
-def _extent(tensor):
-    """Addresses that may be read: the tensor's own, and what shares a vector with the first."""
-    begin = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return begin, begin
-    last = sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    return max(begin & ~15, tensor.untyped_storage().data_ptr()), begin + (
-        last + 1
-    ) * tensor.element_size()
-
-
-def _with_places(text):
-    """Replaces each "[library+0xoffset]" by the line of the CUDA text that was compiled to it."""
-
-    def line(match):
-        library, offset = match.groups()
-        if not shutil.which("addr2line"):
-            return match.group()
-        # A return address: the call is just before it. -i: innermost first; the first in the text.
-        command = ["addr2line", "-i", "-e", library, hex(int(offset, 16) - 1)]
-        for place in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
-            path, _, number = place.split(" ")[0].rpartition(":")
-            if path.endswith("-cuda.cpp") and number.isdigit():
-                source = pathlib.Path(path).read_text().splitlines()
-                return f"line {number} `{source[int(number) - 1].strip()}`"
-        return match.group()
-
-    return re.sub(r"\[([^\[\]]+)\+(0x[0-9a-f]+)\]", line, text)
+    return module
 
 
 # ---------------------------------------------------------------------------------------- interface

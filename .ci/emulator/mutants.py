@@ -23,7 +23,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests"), str(HERE.parents[1])]
 CASES = 2000  # random cases for each mutant, at most
 LIMIT_S = 60  # of the build and of each case, after which the mutant counts as one that hangs
-CUDA_BEGINS = "FUSED_BATCH_NORM_CUDA = r'''"
+CUDA_BEGINS = re.compile(r"^FUSED_BATCH_NORM_CUDA = r('''|\"\"\")", re.MULTILINE)
 FASTER = '\n#pragma GCC optimize("O0")'  # compiles in a third of the time, most of what one takes
 
 # What is wrong, then one edit or more: the function, the text in it, its replacement.
@@ -55,12 +55,12 @@ MUTANTS = [
     ),
     (
         "running_var biased",
-        ("save", "per_element_but_one", "per_element"),
+        ("Channel::save", "per_element_but_one", "per_element"),
     ),
     (
         "momentum weighs the old mean",
         (
-            "save",
+            "Channel::save",
             "(1 - factor) * running_mean.value(call.running_float) + factor",
             "factor * running_mean.value(call.running_float) + (1 - factor)",
         ),
@@ -79,16 +79,20 @@ MUTANTS = [
     ),
     (
         "momentum None is 0.1",
-        ("fused_batch_norm_forward", "momentum.value_or(0)", "momentum.value_or(0.1)"),
-        ("fused_batch_norm_forward", "call.cumulative = !momentum.has_value();", ""),
+        ("run", "momentum.value_or(0)", "momentum.value_or(0.1)"),
+        ("run", "call.cumulative = !momentum.has_value();", ""),
     ),
     (
         "the cumulative average where no block reads the counter",
-        ("find_resident", "if (call.cumulative && call.num_batches_tracked) return false;", ""),
+        (
+            "make_plan::find_resident",
+            "if (call.cumulative && call.num_batches_tracked) return false;",
+            "",
+        ),
     ),
     (
         "eval uses the batch's statistics",
-        ("ModelNew", "self.training or buffers[0] is None", "True"),
+        ("ModelNew::forward", "self.training or running_mean is None", "True"),
     ),
     (
         "eval: only a team's first block knows the statistics",
@@ -100,11 +104,11 @@ MUTANTS = [
     ),
     (
         "beta forgotten",
-        ("result", "(shift - (mean - A(mean)) * scale)", "((A(mean) - mean) * scale)"),
+        ("Channel::result", "(shift - (mean - A(mean)) * scale)", "((A(mean) - mean) * scale)"),
     ),
     (
         "the mean's low part forgotten",
-        ("result", "(shift - (mean - A(mean)) * scale)", "(shift)"),
+        ("Channel::result", "(shift - (mean - A(mean)) * scale)", "(shift)"),
     ),
     (
         "the mean folded into the shift",
@@ -137,23 +141,23 @@ MUTANTS = [
     (
         "gamma read as float whatever it is",
         ("Channel", "(call.gamma, c, call.affine_float)", "(call.gamma, c, true)"),
-        ("result", "gamma.value(call.affine_float)", "gamma.value(true)"),
+        ("Channel::result", "gamma.value(call.affine_float)", "gamma.value(true)"),
     ),
     (
         "running_var stored as float whatever it is",
         (
-            "save",
+            "Channel::save",
             "store_parameter<T>(call.running_var, c, call.running_float,",
             "store_parameter<T>(call.running_var, c, true,",
         ),
     ),
     (
         "elements pushed into the wrong half of a word",
-        ("push", "[i - 1] >> kBits", "[i - 1]"),
+        ("Vector::push", "[i - 1] >> kBits", "[i - 1]"),
     ),
     (
         "only half of a double",
-        ("push", "if (kWords > 1) word[1] = bits[1];", ""),
+        ("Vector::push", "if (kWords > 1) word[1] = bits[1];", ""),
     ),
     # ---- the pivot
     (
@@ -207,7 +211,7 @@ MUTANTS = [
     ),
     (
         "the step between tiles counts planes of one channel",
-        ("set_tiles", "packs * p.plane", "plane"),
+        ("make_plan::set_tiles", "packs * p.plane", "plane"),
     ),
     (
         "the division's magic rounded down",
@@ -219,7 +223,7 @@ MUTANTS = [
     ),
     (
         "tail not masked",
-        ("has", "(i >= begin && i < end)", "i >= begin"),
+        ("Place::has", "(i >= begin && i < end)", "i >= begin"),
     ),
     (
         "edges summed",
@@ -262,12 +266,12 @@ MUTANTS = [
     ),
     (
         "one vector too few for a plane's edges",
-        ("set_planes", "(p.plane + size - 2) / size + 1", "(p.plane + size - 2) / size"),
+        ("make_plan::set_planes", "(p.plane + size - 2) / size + 1", "(p.plane + size - 2) / size"),
     ),
     (
         "one vector too many in the last tile",
         (
-            "clip",
+            "Tile::clip",
             "(p.tile_vectors, p.channel_vectors - first)",
             "(p.tile_vectors, p.channel_vectors - first + 1)",
         ),
@@ -275,7 +279,7 @@ MUTANTS = [
     (
         "tiles behind the channel's end",
         (
-            "clip",
+            "Tile::clip",
             "first < p.channel_vectors ? min(p.tile_vectors, p.channel_vectors - first) : 0",
             "min(p.tile_vectors, p.channel_vectors - first)",
         ),
@@ -433,7 +437,7 @@ MUTANTS = [
     ),
     (
         "the second group of vectors left out",
-        ("each_kept", "< 2; ++group", "< 1; ++group"),
+        ("resident::each_kept", "< 2; ++group", "< 1; ++group"),
     ),
     (
         "the second group of vectors not stored",
@@ -540,19 +544,19 @@ MUTANTS = [
     # ---- the ring
     (
         "fewer tiles than stay in registers",
-        ("lay_out", "p.tile_vectors), hold ? held_tiles : 1", "p.tile_vectors), 1"),
+        ("make_plan::lay_out", "p.tile_vectors), hold ? held_tiles : 1", "p.tile_vectors), 1"),
     ),
     (
         "tiles in registers forgotten by the plan",
-        ("lay_out", "held_tiles : 0", "held_tiles - 1 : 0"),
+        ("make_plan::lay_out", "held_tiles : 0", "held_tiles - 1 : 0"),
     ),
     (
         "a tile of more vectors than stay in registers",
-        ("lay_out", "kHoldVectors", "2 * kHoldVectors"),
+        ("make_plan::lay_out", "kHoldVectors", "2 * kHoldVectors"),
     ),
     (
         "channels that the ring cannot hold in the kernel that keeps them there",
-        ("lay_out", "p.tiles + 4 <= p.slots", "true"),
+        ("make_plan::lay_out", "p.tiles + 4 <= p.slots", "true"),
     ),
     (
         "more tiles in flight than slots",
@@ -602,7 +606,7 @@ MUTANTS = [
     ),
     (
         "a slow lane still sums a tile that is let go",
-        ("publish", "barrier_arrive", "if (b.lane == 0) barrier_arrive"),
+        ("Summary::publish", "barrier_arrive", "if (b.lane == 0) barrier_arrive"),
         ("fused_batch_norm_forward_kernel", "32 * p.statistics", "p.statistics"),
     ),
     (
@@ -612,15 +616,15 @@ MUTANTS = [
     ),
     (
         "a slow lane of the producer misses a phase",
-        ("run", "__syncwarp();", ""),
+        ("Producer::run", "__syncwarp();", ""),
     ),
     (
         "the producer does not wait for an empty slot",
-        ("run", "barrier_wait(&b.shared.empty[position.slot], position.parity ^ 1);", ""),
+        ("Producer::run", "barrier_wait(&b.shared.empty[position.slot], position.parity ^ 1);", ""),
     ),
     (
         "the producer waits for the wrong phase",
-        ("run", "position.parity ^ 1", "position.parity"),
+        ("Producer::run", "position.parity ^ 1", "position.parity"),
     ),
     (
         "the store warps do not wait for the result",
@@ -674,11 +678,19 @@ MUTANTS = [
             "if (p.cooperative) arrival = grid.barrier_arrive();",
             "",
         ),
-        ("wait_for_grid", "if (p.cooperative) grid.barrier_wait(std::move(arrival));", "//"),
+        (
+            "fused_batch_norm_forward_kernel::wait_for_grid",
+            "if (p.cooperative) grid.barrier_wait(std::move(arrival));",
+            "//",
+        ),
     ),
     (
         "the grid's barrier not waited for",
-        ("wait_for_grid", "if (p.cooperative) grid.barrier_wait(std::move(arrival));", "//"),
+        (
+            "fused_batch_norm_forward_kernel::wait_for_grid",
+            "if (p.cooperative) grid.barrier_wait(std::move(arrival));",
+            "//",
+        ),
     ),
     (
         "words wiped behind the grid's barrier",
@@ -692,7 +704,7 @@ MUTANTS = [
             "",
         ),
         (
-            "wait_for_grid",
+            "fused_batch_norm_forward_kernel::wait_for_grid",
             "(std::move(arrival))",
             (
                 "(std::move(arrival)); for (int64_t i = int64_t(blockIdx.x) * blockDim.x + "
@@ -711,7 +723,7 @@ MUTANTS = [
     ),
     (
         "too little scratch",
-        ("set_scratch", "(p.team, kLineWords) + 1", "(p.team, kLineWords)"),
+        ("make_plan::set_scratch", "(p.team, kLineWords) + 1", "(p.team, kLineWords)"),
     ),
     (
         "a peer's words believed without their tags",
@@ -741,7 +753,7 @@ MUTANTS = [
     (
         "every block counts the batch",
         (
-            "wait_for_grid",
+            "fused_batch_norm_forward_kernel::wait_for_grid",
             "(call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0)",
             "(call.num_batches_tracked && threadIdx.x == 0)",
         ),
@@ -800,6 +812,14 @@ MUTANTS = [
     (
         "clusters where there are none",
         ("make_plan", "device.architecture >= 90 ? kMaxCluster : 1", "kMaxCluster"),
+    ),
+    (
+        "threads arrive at the cluster's barrier apart from their warp",
+        ("resident", "__syncwarp();      // .aligned", ""),
+    ),
+    (
+        "threads wait at the cluster's barrier apart from their warp",
+        ("resident", "__syncwarp();  // or threads", "// or threads"),
     ),
     (
         "no barrier of the cluster",
@@ -882,6 +902,8 @@ TOKEN = re.compile(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])
 
 def find_once(pattern, text, begin, end, what):
     found = list(re.compile(pattern, re.MULTILINE).finditer(text, begin, end))
+    at_margin = [match for match in found if match[0][0] != " "]  # a function before a method
+    found = at_margin if len(found) > 1 and len(at_margin) == 1 else found
     if len(found) > 1:
         raise ValueError(f"{what} is there {len(found)} times")
     return found[0] if found else None
@@ -939,7 +961,8 @@ def verdict(text, build_dir):
     import check
 
     torch.set_num_threads(1)
-    faster = text.replace(CUDA_BEGINS, CUDA_BEGINS + FASTER)
+    (begins,) = CUDA_BEGINS.finditer(text)
+    faster = text[: begins.end()] + FASTER + text[begins.end() :]
     target = check.Target(emulate.load(faster, build_dir=build_dir), "cpu", emulate)
     for seed in range(1, CASES + 1):
         signal.alarm(LIMIT_S)

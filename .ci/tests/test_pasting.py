@@ -45,16 +45,7 @@ REFUSED = {
 }
 
 
-NOT_YET_FREE_OF = ("half casts", "streams")  # strict: what becomes free of one has to go from here
-REFUSALS = [
-    pytest.param(
-        pattern, id=name, marks=[pytest.mark.xfail(strict=True)] if name in NOT_YET_FREE_OF else []
-    )
-    for name, pattern in REFUSED.items()
-]
-
-
-@pytest.mark.parametrize("pattern", REFUSALS)
+@pytest.mark.parametrize("pattern", REFUSED.values(), ids=REFUSED)
 def test_text_is_free_of(pattern):
     for number, line in enumerate(TEXT.splitlines(), 1):
         code = re.sub(r"(#|//).*", "", line)

@@ -32,6 +32,5 @@ struct __half {
 typedef __half half;
 struct alignas(4) __half2 { __half x, y; };
 
-__forceinline__ __half __float2half_rn(float value) { return __half(value); }
 __forceinline__ float __half2float(__half value) { return float(value); }
 __forceinline__ __half2 __floats2half2_rn(float x, float y) { return {__half(x), __half(y)}; }

@@ -30,7 +30,7 @@ static Mbarrier& find(const uint64_t* barrier, const void* place, Block& block =
 }
 
 void barrier_init(uint64_t* barrier, unsigned arrivals) {
-  const void* place = __builtin_return_address(0);
+  const void* place = walk(__builtin_return_address(0));
   Block& block = *current->block;
   const uint32_t offset = offset_of(barrier, 8, "an mbarrier", place);
   require_aligned(barrier, 8, Access::kWrite, place);
@@ -82,7 +82,7 @@ static void arrive_now(uint64_t* barrier, unsigned expected_bytes, const void* p
 }
 
 void barrier_arrive(uint64_t* barrier, unsigned expected_bytes) {
-  arrive_now(barrier, expected_bytes, __builtin_return_address(0));
+  arrive_now(barrier, expected_bytes, walk(__builtin_return_address(0)));
 }
 
 static void wait(uint64_t* barrier, unsigned parity, bool for_peers, const void* place) {
@@ -100,10 +100,10 @@ static void wait(uint64_t* barrier, unsigned parity, bool for_peers, const void*
   acquire(b.completed);
 }
 
-void barrier_wait(uint64_t* barrier, unsigned parity) { wait(barrier, parity, false, __builtin_return_address(0)); }
+void barrier_wait(uint64_t* barrier, unsigned parity) { wait(barrier, parity, false, walk(__builtin_return_address(0))); }
 
 void barrier_wait_for_peers(uint64_t* barrier, unsigned parity) {
-  const void* place = __builtin_return_address(0);
+  const void* place = walk(__builtin_return_address(0));
   require_clusters(place);
   wait(barrier, parity, true, place);
 }
@@ -124,7 +124,7 @@ static Epoch copy_epoch(Block& block, Mbarrier& b, const void* place) {
 }
 
 void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
-  const void* place = __builtin_return_address(0);
+  const void* place = walk(__builtin_return_address(0));
   preempt();
   Block& block = *current->block;
   if (machine.device.capability < 90) fail("device", "bulk copies need compute capability 9.0", place);
@@ -141,7 +141,7 @@ void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barri
 }
 
 void send_to_peer(void* shared, unsigned rank, const void* value, uint64_t* barrier) {
-  const void* place = __builtin_return_address(0);
+  const void* place = walk(__builtin_return_address(0));
   preempt();
   require_clusters(place);
   if (rank >= machine.launch.cluster)
@@ -161,7 +161,7 @@ void send_to_peer(void* shared, unsigned rank, const void* value, uint64_t* barr
 }
 
 void copy_16(void* shared, const void* global) {
-  const void* place = __builtin_return_address(0);
+  const void* place = walk(__builtin_return_address(0));
   offset_of(shared, 16, "a copy's destination", place);
   require_aligned(shared, 16, Access::kWrite, place);
   require_aligned(global, 16, Access::kRead, place);
@@ -176,7 +176,7 @@ void copy_16(void* shared, const void* global) {
 }
 
 void copies_arrive(uint64_t* barrier) {
-  const void* place = __builtin_return_address(0);
+  const void* place = walk(__builtin_return_address(0));
   if (machine.device.capability < 80) return arrive_now(barrier, 0, place);
   preempt();
   Block& block = *current->block;

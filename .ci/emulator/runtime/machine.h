@@ -71,12 +71,18 @@ struct Fibre {
   std::vector<size_t> groups;   // how many of them there were at each copies_commit
   unsigned arrivals[kLevels] = {};         // at barriers of its Groups
   bool arrived[kLevels] = {};              // ... and has not waited since
+  uint64_t path = 0;            // which code it has executed since its whole warp was last together
 };
 
 struct Rendezvous {             // of the lanes of one warp
   const char* operation;
   unsigned mask, arrived;
   uint64_t value[32], argument[32];
+};
+
+struct Aligned {                // a barrier that takes whole warps
+  unsigned arrived;             // lanes
+  uint64_t path;                // of the first
 };
 
 struct Mbarrier {
@@ -112,6 +118,7 @@ struct Block {
   std::vector<Fibre> fibres;
   unsigned finished = 0, at_barrier = 0;
   std::vector<std::vector<Rendezvous>> meetings;        // per warp
+  std::vector<Aligned> arriving, waiting;               // per warp: at the cluster's barrier
   std::unordered_map<uint32_t, Mbarrier> barriers;      // by offset in shared memory
   uint32_t barriers_begin = ~0u, barriers_end = 0;
   unsigned agents = 0;
@@ -178,6 +185,7 @@ void make_ready(Fibre& fibre);
 void block_on(const char* waits_for, const void* place);  // until another fibre makes this one ready
 void require_clusters(const void* place);
 void preempt();                 // another fibre may run here
+const void* walk(const void* place);  // the running fibre comes by; gives the place
 void poll(const void* place);   // ... and must, if this one has looked at memory in vain for long
 void land(size_t copies);       // copies.cpp: finish machine.in_flight[copies]
 void show(size_t store);        // memory.cpp: machine.stores[store] becomes visible to all

@@ -222,6 +222,7 @@ static void show_overlapping(const void* address, size_t bytes, bool to_all);
 
 static void check_plain(const void* address, size_t bytes, Access kind, const void* place) {
   if (!current) return;
+  walk(place);
   access(address, bytes, kind, false, now(*current, false), place);
   if (!machine.stores.empty()) show_overlapping(address, bytes, true);
 }
@@ -256,7 +257,7 @@ static void show_overlapping(const void* address, size_t bytes, bool to_all) {
 }
 
 void load_atomic(void* value, const void* address, size_t bytes) {
-  const void* place = __builtin_return_address(0);
+  const void* place = walk(__builtin_return_address(0));
   poll(place);
   require_aligned(address, bytes, Access::kRead, place);
   access(address, bytes, Access::kRead, true, now(*current, true), place);
@@ -265,7 +266,7 @@ void load_atomic(void* value, const void* address, size_t bytes) {
 }
 
 void store_atomic(void* address, const void* value, size_t bytes) {
-  const void* place = __builtin_return_address(0);
+  const void* place = walk(__builtin_return_address(0));
   preempt();
   require_aligned(address, bytes, Access::kWrite, place);
   access(address, bytes, Access::kWrite, true, now(*current, true), place);
@@ -278,7 +279,7 @@ void store_atomic(void* address, const void* value, size_t bytes) {
 }
 
 void add_atomic(unsigned long long* address, unsigned long long value) {
-  const void* place = __builtin_return_address(0);
+  const void* place = walk(__builtin_return_address(0));
   preempt();
   require_aligned(address, sizeof *address, Access::kWrite, place);
   access(address, sizeof *address, Access::kRead, true, now(*current, true), place);

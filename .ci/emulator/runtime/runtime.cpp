@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <map>
 
 #include "machine.h"
@@ -212,7 +213,12 @@ static void sleep(const void* place) {
   run(next_fibre());
 }
 
-void nap() { sleep(__builtin_return_address(0)); }
+const void* walk(const void* place) {
+  current->path = (current->path ^ uintptr_t(place)) * 0x9e3779b97f4a7c15ull;  // a hash of all places in turn
+  return place;
+}
+
+void nap() { sleep(walk(__builtin_return_address(0))); }
 
 void poll(const void* place) {
   if (++machine.naps_since_event % 64) preempt();
@@ -225,7 +231,7 @@ std::string name_of(const Fibre& fibre) {
   return "thread " + std::to_string(fibre.thread) + " of block " + std::to_string(fibre.block->index);
 }
 
-// "[library+0xoffset]", which emulate.py turns into a line of the CUDA text.
+// "[library+0xoffset]", which emulator_end turns into a line of the CUDA text.
 std::string name_of(const void* place) {
   Dl_info object;
   if (!place || !dladdr(place, &object)) return "an unknown place";
@@ -320,6 +326,7 @@ void sync_block() {
   if (++block.at_barrier < machine.launch.threads) return block_on("__syncthreads", place);
   block.at_barrier = 0;
   merge_clocks(block);
+  for (Fibre& fibre : block.fibres) fibre.path = 0;
   for (Fibre& fibre : block.fibres)
     if (&fibre != current) make_ready(fibre);
   preempt();
@@ -378,9 +385,22 @@ void require_clusters(const void* place) {
   if (machine.device.capability < 90) fail("device", "clusters need compute capability 9.0", place);
 }
 
+// `.aligned`: all lanes of the warp execute the barrier together. They do if they have taken the same path since they were last
+// known to be together; behind a branch or a loop that took some of them elsewhere, __syncwarp must bring them together.
+static void require_whole_warp(const char* operation, std::vector<Aligned>& warps, const void* place) {
+  const unsigned warp = current->thread / 32, lanes = std::min(32u, machine.launch.threads - warp * 32);
+  Aligned& at = warps[warp];
+  if (at.arrived == 0) at.path = current->path;
+  if (at.path != current->path)
+    fail("warp", name_of(*current) + " is at the aligned " + operation + " apart from other lanes of its warp: no __syncwarp before it", place);
+  at.arrived = (at.arrived + 1) % lanes;
+  current->path = 0;
+}
+
 void cluster_arrive() {
   const void* place = __builtin_return_address(0);
   require_clusters(place);
+  require_whole_warp("cluster_arrive", current->block->arriving, place);
   preempt();
   arrive(kCluster, place);
 }
@@ -388,6 +408,7 @@ void cluster_arrive() {
 void cluster_wait() {
   const void* place = __builtin_return_address(0);
   require_clusters(place);
+  require_whole_warp("cluster_wait", current->block->waiting, place);
   wait(kCluster, "cluster_wait", place);
 }
 
@@ -413,6 +434,8 @@ static void meet(const char* operation, unsigned mask, uint64_t value, uint64_t 
   meeting->value[me] = value;
   meeting->argument[me] = argument;
   if (meeting->arrived != mask) return block_on(operation, place);
+  if (lanes == unsigned(__builtin_popcount(mask)))
+    for (unsigned lane = 0; lane < lanes; ++lane) block.fibres[first + lane].path = 0;
   const Rendezvous done = *meeting;
   meetings.erase(meeting);
   finish(done, &block.fibres[first]);
@@ -501,6 +524,8 @@ static void start_block(unsigned slot, unsigned index) {
   poison(block.shared, launch.shared_bytes);
   block.cells.assign((launch.shared_bytes + kCellBytes - 1) / kCellBytes, Cell{});
   block.meetings.resize((launch.threads + 31) / 32);
+  block.arriving.resize(block.meetings.size());
+  block.waiting.resize(block.meetings.size());
   block.fibres.resize(launch.threads);
   for (unsigned thread = 0; thread < launch.threads; ++thread) {
     Fibre& fibre = block.fibres[thread];
@@ -647,6 +672,37 @@ int capability() { return machine.device.capability; }
 
 static bool in_call;
 
+// The line of the CUDA text that was compiled to the code at `place`, "[library+0xoffset]"; "" if nobody knows.
+static std::string line_of(const std::string& place) {
+  const size_t plus = place.rfind('+');
+  // A return address: the call is just before it. With -i, innermost first; the first in the text is the place.
+  const std::string before = std::to_string(std::stoull(place.substr(plus + 3), nullptr, 16) - 1);
+  const std::string command = "addr2line -i -e '" + place.substr(1, plus - 1) + "' $(printf %x " + before + ") 2> /dev/null";
+  FILE* const found = popen(command.c_str(), "r");
+  char text[4096];
+  std::string line;
+  while (found && fgets(text, sizeof text, found)) {
+    const std::string at = text;
+    const size_t name = at.find("-cuda.cpp:");
+    if (name == std::string::npos || !line.empty()) continue;
+    const int number = atoi(at.c_str() + name + strlen("-cuda.cpp:"));
+    std::ifstream source(at.substr(0, name) + "-cuda.cpp");
+    for (int i = 0; i < number; ++i) std::getline(source, line);
+    line = "line " + std::to_string(number) + " `" + line.substr(line.find_first_not_of(' ')) + "`";
+  }
+  if (found) pclose(found);
+  return line;
+}
+
+static std::string with_lines(std::string text) {
+  for (size_t from = text.find("[/"); from != std::string::npos; from = text.find("[/", from + 1)) {
+    const size_t bytes = text.find(']', from) - from + 1;
+    const std::string line = line_of(text.substr(from, bytes));
+    if (!line.empty()) text.replace(from, bytes, line);
+  }
+  return text;
+}
+
 extern "C" {
 void emulator_set_device(int multiprocessors, int shared_bytes, int capability) {
   machine.device = {multiprocessors, shared_bytes, capability};
@@ -685,6 +741,7 @@ void emulator_conceal(uintptr_t address) {
 const char* emulator_end() {
   in_call = false;
   ranges().clear();
+  error = with_lines(error);
   return error.c_str();
 }
 }

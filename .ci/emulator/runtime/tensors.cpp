@@ -36,8 +36,7 @@ struct Allocator final : c10::Allocator {
     emulator_expose(uintptr_t(memory), bytes, 1, 1, name.c_str());
     return {memory, memory, &release, c10::Device(c10::DeviceType::CPU)};
   }
-  // For other operators of PyTorch, convolutions say. No operator of ours allocates that way: none is watched.
-  c10::DeleterFnPtr raw_deleter() const override { return emulator_in_call() ? nullptr : usual->raw_deleter(); }
+  c10::DeleterFnPtr raw_deleter() const override { return usual->raw_deleter(); }  // of what other libraries allocate
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 

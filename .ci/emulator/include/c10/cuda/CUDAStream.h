@@ -4,7 +4,7 @@
 
 namespace c10::cuda {
 struct CUDAStream {
-  void* stream() const { return nullptr; }
+  operator void*() const { return nullptr; }
 };
 inline CUDAStream getCurrentCUDAStream(int64_t) { return {}; }
 }  // namespace c10::cuda
