@@ -92,7 +92,7 @@ MUTANTS = [
     ),
     (
         "eval uses the batch's statistics",
-        ("ModelNew::forward", "self.training or running_mean is None", "True"),
+        ("ModelNew", "self.training or running_mean is None", "True"),
     ),
     (
         "eval: only a team's first block knows the statistics",
@@ -815,7 +815,7 @@ MUTANTS = [
     ),
     (
         "threads arrive at the cluster's barrier apart from their warp",
-        ("resident", "__syncwarp();      // .aligned", ""),
+        ("resident", "__syncwarp();  // .aligned", "// .aligned"),
     ),
     (
         "threads wait at the cluster's barrier apart from their warp",
