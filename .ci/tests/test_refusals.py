@@ -68,7 +68,7 @@ REFUSED = {
     ),
 }
 REFUSED_ON_GPU = {
-    "x on the CPU": (RuntimeError, "x must .*got", module(2, 4, 3, 3, on="cpu")),
+    "x on the CPU": (RuntimeError, "must .*device.*got", module(2, 4, 3, 3, on="cpu")),
     "gamma on the CPU": (RuntimeError, "gamma must .*got", bound(gamma=4, beta=4, on="cpu")),
 }
 

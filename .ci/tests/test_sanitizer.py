@@ -42,7 +42,7 @@ def small_cases():
 def sanitized(tool: str, **environment: str) -> str:
     """Each tensor is an allocation of its own: in PyTorch's large blocks memcheck sees no end."""
     in_new_python(load, **environment)  # else the compiler would be watched, too
-    under = (SANITIZER, "--tool", tool, "--error-exitcode", "9")
+    under = (SANITIZER, "--tool", tool, "--error-exitcode", "9", "--print-limit", "9")
     settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **environment}
     return in_new_python(small_cases, under=under, **settings)
 
