@@ -14,7 +14,6 @@ import concurrent.futures
 import ctypes
 import functools
 import hashlib
-import importlib.util
 import multiprocessing
 import os
 import pathlib
@@ -97,7 +96,7 @@ def _start_runtime(directory):
 
 
 def _build(name, directory, cpp_text, cuda_text):
-    """Compiles the two texts (cached by content) and imports the module that they make."""
+    """Compiles the two texts (cached by content), loads the library and returns its name."""
     directory.mkdir(parents=True, exist_ok=True)
     gcc = "clang" not in subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
     # -fsanitize=thread: a call at each load and store, which runtime/memory.cpp answers; the sanitizer itself is not linked.
@@ -129,12 +128,10 @@ def _build(name, directory, cpp_text, cuda_text):
     rename = f"LC_ALL=C sed s/{unnamed}/{name}/g {objects[0]}"
     objects[0] = _make(directory, "named.o", name, lambda target: ["sh", "-c", f"{rename} > {target}"])
     libraries = pathlib.Path(torch.__file__).parent / "lib"
-    link = ["-shared", "-Wl,-Bsymbolic", *objects, f"-L{libraries}", "-lc10", "-ltorch_cpu", "-ltorch_python", f"-Wl,-rpath,{libraries}"]
+    link = ["-shared", "-Wl,-Bsymbolic", *objects, f"-L{libraries}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{libraries}"]
     library = _make(directory, f"{name}.so", [str(o) for o in objects], lambda target: [_compiler(), *link, "-o", target])
-    spec = importlib.util.spec_from_file_location(name, library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    torch.ops.load_library(library)
+    return f"{name}.so"
 
 
 # ---------------------------------------------------------------------------------------------- interface

@@ -135,7 +135,7 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if function is self.operator:
-            self.saved = result[1:]
+            self.saved = result[1]
         return result
 
 
@@ -167,7 +167,7 @@ def run(emulator, namespace, case):
         x = make_x(case, generator)
         if tracked:
             running_mean, running_var = module.running_mean.to(torch.float64, copy=True), module.running_var.to(torch.float64, copy=True)
-        with torch.no_grad(), Watch(namespace["_fused_batch_norm"].fused_batch_norm_train) as watch:
+        with torch.no_grad(), Watch(namespace["_fused_batch_norm"].train.default) as watch:
             y = module(x)
         wide = x.double()
         if batch:
