@@ -1554,7 +1554,6 @@ FUSED_BATCH_NORM_CPP = r"""
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
@@ -1586,7 +1585,7 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using MaybeDouble = std::optional<double>;
 using MaybeTensor = std::optional<Tensor>;
-using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // y and, of the batch, mean and inv_std: [C]
+using Outputs = std::tuple<Tensor, Tensor>;  // y, and [2, C]: the batch's mean, and inv_std
 
 constexpr int64_t kVectorBytes = 16;
 
@@ -1679,7 +1678,9 @@ Outputs run(PARAMETERS) {
                            : SymInt(elements_behind_boundary(x));
   const auto wide = x.dtype() == at::kDouble ? at::kDouble : at::kFloat;
   const SymInt saved = training ? x.sym_size(1) : SymInt(0);
-  const Outputs outputs{allocate_y(x, shift), allocate(saved, wide, x), allocate(saved, wide, x)};
+  const Outputs outputs{allocate_y(x, shift), allocate(2 * saved, wide, x)};
+  const auto& [y, statistics] = outputs;
+  statistics.unsafeGetTensorImpl()->generic_set_sizes_contiguous({SymInt(2), saved});
   if (x.is_meta())
     return outputs;
 
@@ -1690,7 +1691,6 @@ Outputs run(PARAMETERS) {
   TORCH_CHECK(N * plane_vectors < (int64_t(1) << 31) - (1 << 20),
               must("x", "have less than 32 GB a channel", show(x)));
   const c10::DeviceGuard guard(x.device());
-  const auto& [y, mean, inv_std] = outputs;
   // The kernel takes NCHW, and y as far behind a boundary as x. Anything else costs copies.
   const Tensor x_nchw = x.contiguous();
   const int64_t x_shift = elements_behind_boundary(x_nchw);
@@ -1708,8 +1708,8 @@ Outputs run(PARAMETERS) {
   call.running_mean = data(running_mean);
   call.running_var = data(running_var);
   call.num_batches_tracked = static_cast<int64_t*>(data(num_batches_tracked));
-  call.mean = mean.mutable_data_ptr();
-  call.inv_std = inv_std.mutable_data_ptr();
+  call.mean = statistics.mutable_data_ptr();
+  call.inv_std = static_cast<char*>(call.mean) + C * statistics.element_size();
   call.N = N;
   call.C = x.numel() > 0 ? C : 0;  // nothing to do but to count the batch
   call.HW = HW;
@@ -1756,7 +1756,7 @@ Outputs dispatch(PARAMETERS) {
   static const auto to_eval = find(NAMESPACE "::eval").typed<decltype(eval<run>)>();
   if (training)
     return to_train.call(ARGUMENTS);
-  return {to_eval.call(x, gamma, beta, eps, running_mean, running_var), Tensor(), Tensor()};
+  return {to_eval.call(x, gamma, beta, eps, running_mean, running_var), Tensor()};
 }
 
 Tensor fused_batch_norm_forward(PARAMETERS) {
@@ -1764,7 +1764,7 @@ Tensor fused_batch_norm_forward(PARAMETERS) {
 }
 
 struct FusedBatchNormBackward final : Node {
-  std::array<SavedVariable, 6> saved;  // x, gamma, running_mean, running_var, mean, inv_std
+  std::array<SavedVariable, 5> saved;  // x, gamma, running_mean, running_var, statistics
   double eps;
   bool training;
 
@@ -1778,24 +1778,24 @@ struct FusedBatchNormBackward final : Node {
 
   std::vector<Tensor> apply(std::vector<Tensor>&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    std::array<Tensor, 6> unpacked;
+    std::array<Tensor, 5> unpacked;
     for (size_t i = 0; i < saved.size(); ++i)
       unpacked[i] = saved[i].unpack();
-    const auto& [x, gamma, running_mean, running_var, mean, inv_std] = unpacked;
+    const auto& [x, gamma, running_mean, running_var, statistics] = unpacked;
     if (!grads[0].defined())
       return std::vector<Tensor>(3);
     const auto zeros = [](const Tensor& p) { return p.defined() ? at::zeros_like(p) : p; };
     if (x.sym_numel() == 0)
       return {zeros(x), zeros(gamma), zeros(gamma)};
-    // PyTorch's kernels take parameters and buffers that are all of x's type or all of the wider.
-    bool mixed = false;
-    for (const Tensor* p : {&gamma, &running_mean})
-      mixed |= p->defined() && p->dtype() != x.dtype();
+    // PyTorch's kernels take x's type and float32 mixed so, but not every mixture that forward takes.
     const auto wide = x.dtype() == at::kDouble ? at::kDouble : at::kFloat;
-    const auto taken = [&](const Tensor& p) { return mixed && p.defined() ? p.to(wide) : p; };
+    const auto widen = [&](const Tensor& p) { return p.defined() ? p.to(wide) : p; };
+    const Tensor none = training ? Tensor() : running_mean.narrow(0, 0, 0).to(wide);  // [0]
+    const Tensor mean = training ? statistics.select(0, 0) : none;
+    const Tensor inv_std = training ? statistics.select(0, 1) : none;
     const auto needed = [&](size_t i) { return task_should_compute_output(i); };
     auto [grad_x, grad_gamma, grad_beta] = at::native_batch_norm_backward(
-        grads[0], x, taken(gamma), taken(running_mean), taken(running_var), mean, inv_std, training,
+        grads[0], x, widen(gamma), widen(running_mean), widen(running_var), mean, inv_std, training,
         eps, {needed(0), needed(1), needed(2)});
     const auto as_gamma = [&](const Tensor& p) { return p.defined() ? p.to(gamma.dtype()) : p; };
     return {grad_x, as_gamma(grad_gamma), as_gamma(grad_beta)};
@@ -1827,17 +1827,13 @@ Outputs run_with_autograd(PARAMETERS) {
   node->set_next_edges(collect_next_edges(x, gamma, beta));
   node->eps = eps;
   node->training = training;
-  const auto [y, mean, inv_std] = run_below();
+  const Outputs outputs = run_below();
   const auto save = [](const MaybeTensor& t) { return SavedVariable(t, false); };
   const MaybeTensor none;
-  node->saved = {save(x),
-                 save(gamma),
-                 save(training ? none : running_mean),
-                 save(training ? none : running_var),
-                 save(mean),
-                 save(inv_std)};
-  set_history(y, owner);
-  return {y, mean, inv_std};
+  node->saved = {save(x), save(gamma), save(training ? none : running_mean),
+                 save(training ? none : running_var), save(std::get<1>(outputs))};
+  set_history(std::get<0>(outputs), owner);
+  return outputs;
 }
 
 // The launch plan of a contiguous, aligned x on the current device, as "field=value field=value …".
@@ -1864,7 +1860,7 @@ string plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bool training,
 EXPANDED(TORCH_LIBRARY, TORCH_EXTENSION_NAME, m) {
   constexpr auto any_device = c10::DispatchKey::CompositeExplicitAutograd;
   m.def("fused_batch_norm_forward" SCHEMA "Tensor", &fused_batch_norm_forward);
-  m.def("train" SCHEMA "(Tensor y, Tensor mean, Tensor inv_std)");
+  m.def("train" SCHEMA "(Tensor y, Tensor statistics)");
   m.impl("train", any_device, &run);
   m.impl("train", c10::DispatchKey::Autograd, &run_with_autograd);
   m.def(
@@ -1872,21 +1868,15 @@ EXPANDED(TORCH_LIBRARY, TORCH_EXTENSION_NAME, m) {
       "Tensor? running_mean, Tensor? running_var) -> Tensor");
   m.impl("eval", any_device, &eval<run>);
   m.impl("eval", c10::DispatchKey::Autograd, &eval<run_with_autograd>);
-  m.def("plan(int N, int C, int HW, ScalarType dtype, bool training, float? momentum) -> str",
-        &plan);
-}
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  const auto operators = pybind11::module_::import("torch").attr("ops").attr(NAMESPACE);
-  m.attr("fused_batch_norm_forward") = operators.attr("fused_batch_norm_forward").attr("default");
-  m.attr("fused_batch_norm_train") = operators.attr("train").attr("default");
-  m.attr("fused_batch_norm_plan") = operators.attr("plan").attr("default");
+  m.def(
+      "fused_batch_norm_plan(int N, int C, int HW, ScalarType dtype, bool training, float? momentum) -> str",
+      &plan);
 }
 """
 
 
 def _build_fused_batch_norm():
-    """Compiles the two texts. Returns (module, None), or (None, what is missing to run here)."""
+    """Compiles the two texts. Returns (operators, None), or (None, what is missing to run here)."""
     extension = torch.utils.cpp_extension
     digits = ("".join(filter(str.isdigit, part)) for part in torch.__version__.split(".")[:2])
     if tuple(int(d or 0) for d in digits) < (2, 9):
@@ -1917,15 +1907,16 @@ def _build_fused_batch_norm():
         warnings.warn(
             f"waiting for the build that holds {lock}: delete it if none is running", stacklevel=2
         )
-    module = extension.load_inline(
+    library = extension.load_inline(
         name="fused_batch_norm",
         cpp_sources=[FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CPP],
         cuda_sources=[FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CUDA],
         extra_cflags=["-O1"],  # it only checks and launches
         extra_cuda_cflags=["-O3", "-split-compile=0", "-Xcompiler=-O1", *sorted(architectures)],
         no_implicit_headers=True,
+        is_python_module=False,  # it registers operators, under its own name
     )
-    return module, None
+    return getattr(torch.ops, os.path.basename(library).removesuffix(".so")), None
 
 
 _fused_batch_norm, _fused_batch_norm_missing = _build_fused_batch_norm()
@@ -1999,14 +1990,14 @@ class ModelNew(torch.nn.Module):
     def forward(self, x):
         if _fused_batch_norm is None:
             raise RuntimeError(f"fused_batch_norm cannot run here: {_fused_batch_norm_missing}")
-        buffers = self._buffers  # as attributes each would take 0.4 µs
+        parameters, buffers = self._parameters, self._buffers  # attributes take 0.4 µs each
         if self.training and not self.track_running_stats:
             buffers = dict.fromkeys(buffers)
         running_mean = buffers["running_mean"]
         return _fused_batch_norm.fused_batch_norm_forward(
             x,
-            self.gamma,
-            self.beta,
+            parameters["gamma"] if "gamma" in parameters else self.gamma,  # computed, perhaps
+            parameters["beta"] if "beta" in parameters else self.beta,
             self.eps,
             running_mean,
             buffers["running_var"],

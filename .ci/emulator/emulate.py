@@ -14,7 +14,6 @@ import ctypes
 import fcntl
 import functools
 import hashlib
-import importlib.util
 import os
 import pathlib
 import re
@@ -114,7 +113,7 @@ def _start_runtime(directory):
 
 
 def _build(name, directory, cpp_text, cuda_text):
-    """Compiles the two texts (cached by content) and imports the module that they make."""
+    """Compiles the two texts (cached by content), loads the library and returns its name."""
     directory.mkdir(parents=True, exist_ok=True)
     version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
     kernel_flags = ["-std=c++17", "-O1", "-g1", "-w", "-fPIC", "-ffp-contract=off"]
@@ -154,13 +153,11 @@ def _build(name, directory, cpp_text, cuda_text):
     command = lambda target: ["sh", "-c", f"{rename} > {target}"]
     objects[0] = _make(directory, "named.o", name, command)
     link = [_compiler(), "-shared", "-Wl,-Bsymbolic", *objects, *_library_flags()]
-    link += ["-lc10", "-ltorch_cpu", "-ltorch_python"]
+    link += ["-lc10", "-ltorch_cpu"]
     key = [str(o) for o in objects]
     library = _make(directory, f"{name}.so", key, lambda target: [*link, "-o", target])
-    spec = importlib.util.spec_from_file_location(name, library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    torch.ops.load_library(library)
+    return f"{name}.so"
 
 
 # ---------------------------------------------------------------------------------------- interface
