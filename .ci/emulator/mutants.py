@@ -46,7 +46,6 @@ MUTANTS = [
     ("the cumulative average where no block reads the counter", "if (call.cumulative && call.num_batches_tracked) return false;", ""),
     ("eval uses the batch's statistics", "self.training or running_mean is None", "True"),
     ("eval: only a team's first block knows the statistics", "leads, b.rank == 0 || !call.training", "leads, b.rank == 0"),
-    ("eval counts the batch", "    copies_wait<0>();\n  } else {", "    copies_wait<0>();\n    wait_for_grid();\n  } else {"),
     ("beta forgotten", "A(shift - (mean - A(mean)) * scale)", "A((A(mean) - mean) * scale)"),
     ("the mean's low part forgotten", "A(shift - (mean - A(mean)) * scale)", "A(shift)"),
     ("the mean folded into the shift", "(widen(x.get(i)) - r[i].mean) * r[i].scale + r[i].shift", "widen(x.get(i)) * r[i].scale + (r[i].shift - r[i].mean * r[i].scale)"),
