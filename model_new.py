@@ -1614,6 +1614,7 @@ int dtype_code(ScalarType type) {
 // Raises what PyTorch's own layer raises.
 void check(PARAMETERS) {
   TORCH_CHECK_VALUE(x.dim() == 4, must("x", "be 4-D (N, C, H, W)", show(x)));
+  TORCH_CHECK(x.is_cuda() || x.is_meta(), must("x", "be on a CUDA device", show(x)));
   dtype_code(x.scalar_type());
   const auto check_pair = [&](const char* names, const MaybeTensor& p, const MaybeTensor& q) {
     TORCH_CHECK(p.has_value() == q.has_value() && (!p || p->dtype() == q->dtype()),
@@ -1648,21 +1649,24 @@ void check(PARAMETERS) {
 
 // Straight from the allocator: at::empty would fill it, with a kernel of its own, under
 // torch.use_deterministic_algorithms(True).
-Tensor allocate(const SymInt& elements, ScalarType type, const Tensor& like) {
-  return at::detail::empty_generic_symint({elements}, c10::GetAllocator(like.device().type()),
+Tensor allocate(c10::SymIntArrayRef sizes, ScalarType type, const Tensor& like,
+                c10::MemoryFormat format = c10::MemoryFormat::Contiguous) {
+  return at::detail::empty_generic_symint(sizes, c10::GetAllocator(like.device().type()),
                                           c10::DispatchKeySet(like.options().computeDispatchKey()),
-                                          type, std::nullopt);
+                                          type, format);
 }
 
 // NCHW or channels-last as x, from element `shift` of its memory on; no view, since autograd lets
 // nobody change a view that a custom operator returns.
 Tensor allocate_y(const Tensor& x, const SymInt& shift) {
-  Tensor y = allocate(x.sym_numel() + shift, x.scalar_type(), x);
+  const auto format = x.suggest_memory_format();
+  if (shift == 0)
+    return allocate(x.sym_sizes(), x.scalar_type(), x, format);
+  Tensor y = allocate({x.sym_numel() + shift}, x.scalar_type(), x);
   auto* impl = y.unsafeGetTensorImpl();
   impl->generic_set_sizes_contiguous(x.sym_sizes());
-  impl->empty_tensor_restride(x.suggest_memory_format());
-  if (shift != 0)
-    impl->set_sizes_and_strides(x.sym_sizes(), y.sym_strides().vec(), shift);
+  impl->empty_tensor_restride(format);
+  impl->set_sizes_and_strides(x.sym_sizes(), y.sym_strides().vec(), shift);
   return y;
 }
 
@@ -1670,7 +1674,7 @@ int64_t elements_behind_boundary(const Tensor& t) {
   return int64_t(uintptr_t(t.const_data_ptr()) % kVectorBytes / t.element_size());
 }
 
-// One launch. Where x has a shape but no memory (fake and meta tensors), outputs of the same layouts.
+// One launch. For x without memory (fake and meta tensors) none, but outputs of the same layouts.
 Outputs run(PARAMETERS) {
   check(ARGUMENTS);
   const SymInt shift = x.is_meta()
@@ -1678,13 +1682,11 @@ Outputs run(PARAMETERS) {
                            : SymInt(elements_behind_boundary(x));
   const auto wide = x.dtype() == at::kDouble ? at::kDouble : at::kFloat;
   const SymInt saved = training ? x.sym_size(1) : SymInt(0);
-  const Outputs outputs{allocate_y(x, shift), allocate(2 * saved, wide, x)};
+  const Outputs outputs{allocate_y(x, shift), allocate({2, saved}, wide, x)};
   const auto& [y, statistics] = outputs;
-  statistics.unsafeGetTensorImpl()->generic_set_sizes_contiguous({SymInt(2), saved});
   if (x.is_meta())
     return outputs;
 
-  TORCH_CHECK(x.is_cuda(), must("x", "be on a CUDA device", show(x)));
   const int64_t N = x.size(0), C = x.size(1), HW = x.size(2) * x.size(3);
   // The kernel numbers a channel's 16-byte vectors (two more a plane for its edges) in 31 bits.
   const int64_t plane_vectors = HW * int64_t(x.element_size()) / kVectorBytes + 2;
@@ -1724,7 +1726,7 @@ Outputs run(PARAMETERS) {
   std::pair<const Tensor&, Tensor> scratch{x, {}};
   const auto allocate_scratch = [](size_t bytes, void* context) {
     auto& [like, memory] = *static_cast<decltype(scratch)*>(context);
-    memory = allocate(int64_t(bytes), at::kByte, like);
+    memory = allocate({int64_t(bytes)}, at::kByte, like);
     return memory.mutable_data_ptr();
   };
   const auto stream_of = &c10::cuda::getCurrentCUDAStream;
@@ -1759,8 +1761,9 @@ Outputs dispatch(PARAMETERS) {
   return {to_eval.call(x, gamma, beta, eps, running_mean, running_var), Tensor()};
 }
 
+template <Outputs (*run)(PARAMETERS)>
 Tensor fused_batch_norm_forward(PARAMETERS) {
-  return std::get<0>(dispatch(ARGUMENTS));
+  return std::get<0>(run(ARGUMENTS));
 }
 
 struct FusedBatchNormBackward final : Node {
@@ -1787,7 +1790,7 @@ struct FusedBatchNormBackward final : Node {
     const auto zeros = [](const Tensor& p) { return p.defined() ? at::zeros_like(p) : p; };
     if (x.sym_numel() == 0)
       return {zeros(x), zeros(gamma), zeros(gamma)};
-    // PyTorch's kernels take x's type and float32 mixed so, but not every mixture that forward takes.
+    // PyTorch's kernels take all else in float32 whatever x is, but not every mixture.
     const auto wide = x.dtype() == at::kDouble ? at::kDouble : at::kFloat;
     const auto widen = [&](const Tensor& p) { return p.defined() ? p.to(wide) : p; };
     const Tensor none = training ? Tensor() : running_mean.narrow(0, 0, 0).to(wide);  // [0]
@@ -1858,16 +1861,19 @@ string plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bool training,
 }  // namespace
 
 EXPANDED(TORCH_LIBRARY, TORCH_EXTENSION_NAME, m) {
-  constexpr auto any_device = c10::DispatchKey::CompositeExplicitAutograd;
-  m.def("fused_batch_norm_forward" SCHEMA "Tensor", &fused_batch_norm_forward);
+  const auto any_device = c10::DispatchKey::CompositeExplicitAutograd;
+  const auto autograd = c10::DispatchKey::Autograd;
+  m.def("fused_batch_norm_forward" SCHEMA "Tensor");
+  m.impl("fused_batch_norm_forward", any_device, &fused_batch_norm_forward<run>);
+  m.impl("fused_batch_norm_forward", autograd, &fused_batch_norm_forward<run_with_autograd>);
   m.def("train" SCHEMA "(Tensor y, Tensor statistics)");
   m.impl("train", any_device, &run);
-  m.impl("train", c10::DispatchKey::Autograd, &run_with_autograd);
+  m.impl("train", autograd, &run_with_autograd);
   m.def(
       "eval(Tensor x, Tensor? gamma, Tensor? beta, float eps, "
       "Tensor? running_mean, Tensor? running_var) -> Tensor");
   m.impl("eval", any_device, &eval<run>);
-  m.impl("eval", c10::DispatchKey::Autograd, &eval<run_with_autograd>);
+  m.impl("eval", autograd, &eval<run_with_autograd>);
   m.def(
       "fused_batch_norm_plan(int N, int C, int HW, ScalarType dtype, bool training, float? momentum) -> str",
       &plan);

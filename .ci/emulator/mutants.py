@@ -99,10 +99,6 @@ MUTANTS = [
         ("resident", "|| !call.training", ""),
     ),
     (
-        "eval counts the batch",
-        ("resident", "copies_wait<0>(); } else {", "copies_wait<0>(); wait_for_grid(); } else {"),
-    ),
-    (
         "beta forgotten",
         ("Channel::result", "(shift - (mean - A(mean)) * scale)", "((A(mean) - mean) * scale)"),
     ),

@@ -418,9 +418,8 @@ def check_alone(target: check.Target, case: Case, seed: int) -> None:
     oracle.own_error += SLACK
     y_want, y_unit = oracle.y(x)
     lost = 0
-    if (
-        x.dtype == F64 and x.numel()
-    ):  # no wider type holds its sums, whose error grows as a random walk does, or its mean
+    # No wider type holds the mean of a float64 x, or its sums, whose error is a random walk's.
+    if x.dtype == F64 and x.numel():
         oracle.own_error += 3 * math.sqrt(x.numel() / x.shape[1])
         lost = (oracle.mean * oracle.inv_std).abs()
         y_unit = y_unit + check.per_channel(oracle.gamma.abs() * lost)

@@ -245,10 +245,10 @@ def test_unaligned_y_changes_in_place(target, training):
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 MIXES = [
-    (x, params, buffers)
+    (x, p, b)
     for x in (F16, BF16, F32, F64)
-    for params in dict.fromkeys((x, F32, None))  # no set: every process must see the same order
-    for buffers in dict.fromkeys((x, F32))
+    for p in dict.fromkeys((x, F32, None))
+    for b in dict.fromkeys((x, F32))
 ]
 
 
