@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
+import torch.nn.utils.prune
 import torch.utils.checkpoint
 import torch.utils.cpp_extension
 from torch import nn
@@ -32,7 +34,7 @@ modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"]
 
 @pytest.fixture
 def backend(device):
-    """Of torch.compile. On a CPU its default would compile C++ for seconds, for code that is not ours."""
+    """Of torch.compile. On a CPU its default would compile C++, for code that is not ours."""
     torch._dynamo.reset()
     yield "inductor" if device == "cuda" else "aot_eager"
     torch._dynamo.reset()
@@ -42,7 +44,7 @@ def make(target, C=4, training=True, **settings):
     """A ModelNew and an nn.BatchNorm2d of the same random state."""
     ours = target.model(C, **settings).train(training)
     with torch.no_grad():
-        for name, t in (*ours.named_parameters(), *ours.named_buffers()):
+        for t in (*ours.parameters(), *ours.buffers()):
             if t.is_floating_point():
                 t.copy_(torch.rand(C, device=t.device) + 0.5)
     theirs = nn.BatchNorm2d(C, **settings).to(target.device).train(training)
@@ -219,6 +221,22 @@ def test_without_memory_refused(target, argument):
 # ---- Gradients
 
 
+def test_pruned_and_parametrised(target):
+    """gamma is then computed from other parameters."""
+    x = rand(target, 2, 4, 5, 7)
+    for change in (
+        lambda module, name: torch.nn.utils.prune.random_unstructured(module, name, 0.5),
+        lambda module, name: torch.nn.utils.parametrize.register_parametrization(
+            module, name, nn.Softplus()
+        ),
+    ):
+        ours, theirs = make(target)
+        for module, name in ((ours, "gamma"), (theirs, "weight")):
+            torch.manual_seed(0)
+            change(module, name)
+        NUMBERS(step(ours, x)[:2], step(theirs, x)[:2])
+
+
 @modes
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 3, 0), (2, 0, 3, 3)], ids=str)
 def test_empty_backward(target, shape, training):
@@ -305,9 +323,9 @@ def test_forward_mode(target, training, grad):
     ours, _ = make(target, training=training)
     ours.requires_grad_(grad == "all")
     x = rand(target, 2, 4, 5, 7)
-    with torch.set_grad_enabled(grad != "no_grad"), forward_ad.dual_level():
-        with pytest.raises(NotImplementedError, match="must .*got.*forward-mode"):
-            ours(forward_ad.make_dual(x, torch.ones_like(x)))
+    refused = pytest.raises(NotImplementedError, match="must .*got.*forward-mode")
+    with torch.set_grad_enabled(grad != "no_grad"), forward_ad.dual_level(), refused:
+        ours(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 @modes
@@ -410,7 +428,7 @@ def test_eps(target, eps, training):
 
 @pytest.fixture
 def build(text, monkeypatch, tmp_path):
-    """Executes the text up to where it would compile: returns its names and what it gave load_inline."""
+    """Executes the text without compiling: gives its names, and what it gave load_inline."""
     given = []
 
     def load_inline(**settings):
