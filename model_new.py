@@ -2002,7 +2002,7 @@ class ModelNew(torch.nn.Module):
         if self.training and not self.track_running_stats:
             buffers = dict.fromkeys(buffers)
         running_mean = buffers["running_mean"]
-        return _fused_batch_norm.fused_batch_norm_forward(
+        return _fused_batch_norm.fused_batch_norm_forward.default(
             x,
             parameters["gamma"] if "gamma" in parameters else self.gamma,  # noqa: SIM401
             parameters["beta"] if "beta" in parameters else self.beta,  # noqa: SIM401
