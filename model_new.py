@@ -1875,7 +1875,8 @@ EXPANDED(TORCH_LIBRARY, TORCH_EXTENSION_NAME, m) {
   m.impl("eval", any_device, &eval<run>);
   m.impl("eval", autograd, &eval<run_with_autograd>);
   m.def(
-      "fused_batch_norm_plan(int N, int C, int HW, ScalarType dtype, bool training, float? momentum) -> str",
+      "fused_batch_norm_plan(int N, int C, int HW, ScalarType dtype, bool training, "
+      "float? momentum) -> str",
       &plan);
 }
 """
@@ -1996,14 +1997,15 @@ class ModelNew(torch.nn.Module):
     def forward(self, x):
         if _fused_batch_norm is None:
             raise RuntimeError(f"fused_batch_norm cannot run here: {_fused_batch_norm_missing}")
-        parameters, buffers = self._parameters, self._buffers  # attributes take 0.4 µs each
+        # From the dictionaries, as attributes take 0.4 µs each; pruned, say, gamma is only that.
+        parameters, buffers = self._parameters, self._buffers
         if self.training and not self.track_running_stats:
             buffers = dict.fromkeys(buffers)
         running_mean = buffers["running_mean"]
-        return _fused_batch_norm.fused_batch_norm_forward(
+        return _fused_batch_norm.fused_batch_norm_forward.default(
             x,
-            parameters["gamma"] if "gamma" in parameters else self.gamma,  # computed, perhaps
-            parameters["beta"] if "beta" in parameters else self.beta,
+            parameters["gamma"] if "gamma" in parameters else self.gamma,  # noqa: SIM401
+            parameters["beta"] if "beta" in parameters else self.beta,  # noqa: SIM401
             self.eps,
             running_mean,
             buffers["running_var"],

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
+import torch.nn.utils.prune
 import torch.utils.checkpoint
 import torch.utils.cpp_extension
 from torch import nn
@@ -32,7 +34,7 @@ modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"]
 
 @pytest.fixture
 def backend(device):
-    """Of torch.compile. On a CPU its default would compile C++ for seconds, which is not ours."""
+    """Of torch.compile. On a CPU its default would compile C++, for code that is not ours."""
     torch._dynamo.reset()
     yield "inductor" if device == "cuda" else "aot_eager"
     torch._dynamo.reset()
@@ -217,6 +219,22 @@ def test_without_memory_refused(target, argument):
 
 
 # ---- Gradients
+
+
+def test_pruned_and_parametrised(target):
+    """gamma is then computed from other parameters."""
+    x = rand(target, 2, 4, 5, 7)
+    for change in (
+        lambda module, name: torch.nn.utils.prune.random_unstructured(module, name, 0.5),
+        lambda module, name: torch.nn.utils.parametrize.register_parametrization(
+            module, name, nn.Softplus()
+        ),
+    ):
+        ours, theirs = make(target)
+        for module, name in ((ours, "gamma"), (theirs, "weight")):
+            torch.manual_seed(0)
+            change(module, name)
+        NUMBERS(step(ours, x)[:2], step(theirs, x)[:2])
 
 
 @modes
@@ -410,7 +428,7 @@ def test_eps(target, eps, training):
 
 @pytest.fixture
 def build(text, monkeypatch, tmp_path):
-    """Executes the text up to where it would compile: its names and what it gave load_inline."""
+    """Executes the text without compiling: gives its names, and what it gave load_inline."""
     given = []
 
     def load_inline(**settings):
