@@ -980,8 +980,10 @@ def examine(edits, text, build_dir):
         wrong = apply(text, *edits)
     except ValueError as error:
         return "", str(error)
-    import cases  # noqa: F401 - here, so that each child finds it loaded, and torch
+    # Here, so that each child finds them loaded: torch too, and what its dispatch modes import.
+    import cases  # noqa: F401
     import emulate  # noqa: F401
+    import torch._dynamo  # noqa: F401
 
     read, write = os.pipe()
     child = os.fork()
