@@ -17,7 +17,6 @@ NOT_YET = {
     "check model_new.py",
     "FUSED_BATCH_NORM_CALL",
     "FUSED_BATCH_NORM_CUDA",
-    "FUSED_BATCH_NORM_CPP",
 }
 
 
