@@ -1274,7 +1274,25 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Device {
   int multiprocessors, shared_bytes, reserved_bytes;  // of shared memory, that a block may have; that it costs besides
-  int architecture;  // what the kernel was compiled for: 10·major + minor
+  int architecture = 0;  // what the kernel was compiled for: 10·major + minor
+  cudaError_t error;
+
+  // Attributes of the device alone: to ask for a kernel's takes longer than all of these.
+  Device() {
+    int ordinal, major, minor;
+    error = cudaGetDevice(&ordinal);
+    const auto get = [&](int& value, cudaDeviceAttr attribute) {
+      if (!error) error = cudaDeviceGetAttribute(&value, attribute, ordinal);
+    };
+    get(multiprocessors, cudaDevAttrMultiProcessorCount);
+    get(shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    get(reserved_bytes, cudaDevAttrReservedSharedMemoryPerBlock);
+    get(major, cudaDevAttrComputeCapabilityMajor);
+    get(minor, cudaDevAttrComputeCapabilityMinor);
+    if (error) return;
+    for (const int compiled : {__CUDA_ARCH_LIST__})  // nvcc's own, in hundreds
+      if (compiled / 10 <= 10 * major + minor) architecture = std::max(architecture, compiled / 10);
+  }
 };
 
 // What a block moves and waits for, all in bytes (measured on an H200).
@@ -1462,6 +1480,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, b
 // Launch
 // ---------------------------------------------------------------------------------------------
 using Allocate = void* (*)(size_t bytes, void* context);
+constexpr int kUnaskedBytes = 48 * 1024;  // of shared memory, that any block may have
 
 template <typename T, bool kMasked>
 auto kernel_for(int structure) {
@@ -1476,17 +1495,8 @@ auto kernel_for(int structure) {
 // Calls use(kernel, plan) for the kernel that suits the call. Returns null, or what went wrong.
 template <typename T, typename Use>
 const char* with_kernel(const FusedBatchNormCall& call, Use use) {
-  Device device;
-  cudaFuncAttributes attributes;
-  int ordinal;
-  const auto any = fused_batch_norm_forward_kernel<T, true, kResident>;
-  cudaError_t error = cudaGetDevice(&ordinal);
-  if (!error) error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
-  if (!error) error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
-  if (!error) error = cudaDeviceGetAttribute(&device.reserved_bytes, cudaDevAttrReservedSharedMemoryPerBlock, ordinal);
-  if (!error) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(any));
-  if (error) return cudaGetErrorString(error);
-  device.architecture = attributes.ptxVersion;
+  const Device device;
+  if (device.error) return cudaGetErrorString(device.error);
   const int size = Vector<T>::kSize;
   constexpr bool kAlwaysMasked = sizeof(T) == 8;  // right for whole vectors too; each kernel less is 0.3 s of compilation
   const bool masked = kAlwaysMasked || call.HW % size != 0 || reinterpret_cast<uintptr_t>(call.x) % kVectorBytes != 0;
@@ -1513,7 +1523,9 @@ extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call, A
   return with_type(*call, [&](auto kernel, const Plan& plan) -> const char* {
     Arguments arguments{*call, plan, nullptr};
     if (plan.scratch_words > 0) arguments.scratch = static_cast<Word*>(allocate(plan.scratch_words * sizeof(Word), context));
-    cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+    cudaError_t error = cudaSuccess;
+    if (plan.shared_bytes > kUnaskedBytes)
+      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
     if (error) return cudaGetErrorString(error);
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeCooperative;
