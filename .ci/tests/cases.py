@@ -122,7 +122,17 @@ check.LAYOUTS |= {
     "channel_slice": channel_slice,
     "expanded": lambda x: x[:1].expand(x.shape),
 }
-COPIED = ("channels_last", "strided", "transposed", "channel_slice", "expanded")
+
+
+def batch_slice(x: torch.Tensor) -> torch.Tensor:
+    """Channels-last, without the first image: dense, but it may start within a 16-byte vector."""
+    whole = torch.cat([x[:1], x]).contiguous(memory_format=torch.channels_last)
+    return whole[1:]
+
+
+check.LAYOUTS |= {"channels_last_slice": batch_slice}
+CHANNELS_LAST = ("channels_last", "channels_last_slice")
+COPIED = ("strided", "transposed", "channel_slice", "expanded")
 
 
 # ------------------------------------------------------------------------------------ the table
@@ -174,6 +184,36 @@ MORE_CASES = [
         F32,
         layout="channels_last",
         small=(3, 8, 6, 6),
+    ),
+    Case("channels-last, C = 3", (8, 3, 224, 224), layout="channels_last", small=(3, 3, 12, 14)),
+    Case("channels-last, C = 33", (16, 33, 29, 31), layout="channels_last", small=(3, 33, 5, 7)),
+    Case(
+        "channels-last, C = 70, bfloat16",
+        (16, 70, 29, 31),
+        BF16,
+        F32,
+        layout="channels_last",
+        small=(3, 70, 5, 7),
+    ),
+    Case(
+        "channels-last, large channels",
+        (16, 64, 256, 256),
+        layout="channels_last",
+        small=(8, 8, 48, 48),
+    ),
+    Case(
+        "channels-last, a slice of the batch",
+        (8, 17, 31, 33),
+        layout="channels_last_slice",
+        small=(3, 17, 5, 5),
+    ),
+    Case("channels-last, float64", (8, 6, 31, 33), F64, layout="channels_last", small=(3, 6, 5, 5)),
+    Case(
+        "eval, channels-last, C = 33",
+        (16, 33, 29, 31),
+        training=False,
+        layout="channels_last",
+        small=(9, 33, 15, 17),
     ),
     Case(
         "unaligned by one element, float16",
@@ -364,7 +404,7 @@ def random_case(seed: int, gpu: Device | None = None) -> tuple[Case, Device]:
         dtype,
         params=r.choice((dtype, dtype if dtype == F64 else F32)),  # PyTorch cannot do the mix
         data=r.choice(("mixed", "uniform", "constant", *RANDOM_DATA)),
-        layout=r.choice(("contiguous",) * 6 + (*COPIED, unaligned, unaligned)),
+        layout=r.choice(("contiguous",) * 6 + (*CHANNELS_LAST * 2, *COPIED, unaligned, unaligned)),
         training=r.random() < 0.8,
         steps=r.choice((1, 1, 2)),
         settings=(

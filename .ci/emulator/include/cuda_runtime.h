@@ -22,6 +22,9 @@ extern "C" void* memset(void*, int, std::size_t) noexcept __asm__("emulated_mems
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __CUDA_ARCH_LIST__ 10 * emulator::capability()  // as if compiled for the pretended device
+
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 
 // Set at each switch of fibres. `const`, since a fibre never sees them change: the compiler may keep them.
 extern "C" {
@@ -32,6 +35,7 @@ extern const dim3 blockDim, gridDim;
 // ---- device functions
 
 using std::isfinite;
+using std::signbit;
 __forceinline__ double rsqrt(double v) { return 1.0 / std::sqrt(v); }
 template <typename T> __forceinline__ T min(T a, T b) { return b < a ? b : a; }
 template <typename T> __forceinline__ T max(T a, T b) { return a < b ? b : a; }
@@ -92,7 +96,6 @@ enum cudaDeviceAttr {
   cudaDevAttrReservedSharedMemoryPerBlock = 111,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-struct cudaFuncAttributes { int ptxVersion, binaryVersion, maxThreadsPerBlock; };
 
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeIgnore = 0,
@@ -132,10 +135,6 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return "unrecognized error code";
 }
 
-template <typename Kernel> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
-  *attributes = {emulator::capability(), emulator::capability(), 1024};
-  return cudaSuccess;
-}
 template <typename Kernel> cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
   return cudaError_t(emulator::set_shared_limit(reinterpret_cast<const void*>(kernel), value));
 }

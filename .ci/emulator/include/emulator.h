@@ -39,14 +39,14 @@ void barrier_wait(uint64_t* barrier, unsigned parity);
 void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier);
 void copy_16(void* shared, const void* global);
 void copies_arrive(uint64_t* barrier);
-// 16 bytes to where block `rank` of the cluster has what this block has at `shared`, counted on its `barrier`.
-void send_to_peer(void* shared, unsigned rank, const void* value, uint64_t* barrier);
+// `bytes` (8 or 16) to where block `rank` of the cluster has what this block has at `shared`, counted on its `barrier`.
+void send_to_peer(void* shared, unsigned rank, const void* value, unsigned bytes, uint64_t* barrier);
 void barrier_wait_for_peers(uint64_t* barrier, unsigned parity);
 // ... or that their thread waits for.
 void copies_commit();
 void copies_wait(unsigned groups_on_their_way);
 
-// Relaxed 16-byte accesses: atomic, so no data race among themselves, but they order nothing else.
+// Relaxed accesses: atomic, so no data race among themselves, but they order nothing else.
 void load_atomic(void* value, const void* address, size_t bytes);
 void store_atomic(void* address, const void* value, size_t bytes);
 void add_atomic(unsigned long long* address, unsigned long long value);

@@ -140,24 +140,24 @@ void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barri
                                bytes, false});
 }
 
-void send_to_peer(void* shared, unsigned rank, const void* value, uint64_t* barrier) {
+void send_to_peer(void* shared, unsigned rank, const void* value, unsigned size, uint64_t* barrier) {
   const void* place = walk(__builtin_return_address(0));
   preempt();
   require_clusters(place);
   if (rank >= machine.launch.cluster)
     fail("cluster", name_of(*current) + " sends to block " + std::to_string(int(rank)) + " of a cluster of " +
                         std::to_string(machine.launch.cluster), place);
-  const uint32_t offset = offset_of(shared, 16, "a message", place);
-  require_aligned(shared, 16, Access::kWrite, place);
+  const uint32_t offset = offset_of(shared, size, "a message", place);
+  require_aligned(shared, size, Access::kWrite, place);
   unsigned char* const to = shared_of(current->block->slot - current->block->rank() + rank) + offset;
   Block& peer = visit(rank, uintptr_t(to), Access::kWrite, place);
   Mbarrier& b = find(barrier, place, peer);
-  access(to, 16, Access::kWrite, false, copy_epoch(peer, b, place), place);
-  poison(to, 16);
+  access(to, size, Access::kWrite, false, copy_epoch(peer, b, place), place);
+  poison(to, size);
   b.from_peers = true;
   ++b.copies;
   const auto* const bytes = static_cast<const unsigned char*>(value);
-  machine.in_flight.push_back({&peer, offset_of(barrier, 8, "", place), {{to, nullptr, 16}}, 16, false, {bytes, bytes + 16}});
+  machine.in_flight.push_back({&peer, offset_of(barrier, 8, "", place), {{to, nullptr, size}}, size, false, {bytes, bytes + size}});
 }
 
 void copy_16(void* shared, const void* global) {
