@@ -281,9 +281,7 @@ class Target:
     def model(self, *args, **settings) -> nn.Module:
         return self.names["ModelNew"](*args, device=self.device, **settings)
 
-    def plan(
-        self, shape, dtype, training=True, momentum=0.1, channels_last=False
-    ) -> dict[str, int]:
+    def plan(self, shape, dtype, training=True, momentum=0.1, channels_last=False) -> dict:
         N, C, H, W = shape
         plan = self.names["_fused_batch_norm"].fused_batch_norm_plan
         text = plan(N, C, H * W, dtype, training, momentum, channels_last)
@@ -404,8 +402,7 @@ def show_plan(target: Target, xs: list[timing.Row]) -> int:
     reasons = {name.strip(): reason for names, reason in fields for name in names.split(",")}
     for x in xs:
         print(f"plan of {x}; bytes needed, x read and y written once each: {2 * x.nbytes:,}")
-        plan = target.plan(x.shape, x.dtype, channels_last=x.channels_last)
-        for key, value in plan.items():
+        for key, value in target.plan(x.shape, x.dtype, channels_last=x.channels_last).items():
             print(f"  {key:20} {value:<16,} {reasons.get(key, '')}".rstrip())
     return 0
 
@@ -441,7 +438,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--plan goes with --dtype and --channels-last, got {' '.join(used)}")
     if given.readme and used != ["--readme"]:
         parser.error(f"--readme goes with no other option, got {' '.join(used)}")
-    if not cuda and not {*used} <= {"--plan", "--dtype"}:
+    if not cuda and not given.plan and not {*used} <= {"--dtype"}:
         parser.error(f"{' '.join(used)} must have a CUDA device, got none")
     for x in given.xs:
         if 2 * x.nbytes > gpu_bytes:

@@ -199,7 +199,7 @@ MORE_CASES = [
         "channels-last, large channels",
         (16, 64, 256, 256),
         layout="channels_last",
-        small=(8, 8, 48, 48),
+        small=(3, 8, 24, 24),
     ),
     Case(
         "channels-last, a slice of the batch",
