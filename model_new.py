@@ -1485,7 +1485,8 @@ struct Planner {
           const auto p = with_block(group, kGridTeam, team, stages, lag, blocks, rows);
           if (!p) continue;
           const int64_t bytes = int64_t(p->rows) * p->threads * kVectorBytes * blocks + kRoundBytes;
-          const int64_t cost = p->rounds * bytes * (lag == 1 ? 102 : 100);
+          // Two groups on their way hide less; a block alone has its phases one after the other.
+          const int64_t cost = p->rounds * bytes * ((lag == 1 ? 102 : 100) + (blocks == 1));
           if (cost < best_cost) {
             best_cost = cost;
             best = p;
