@@ -97,8 +97,8 @@ constexpr int kMaxCluster = 8;    // blocks, that any GPU with clusters takes
 using Mbarrier = uint64_t;     // in shared memory
 using CachePolicy = uint64_t;  // what L2 evicts first or last
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kLean = true;  // see register_rows()
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr bool kLean = true;  // as is_lean() says of the architecture
 #else
 constexpr bool kLean = false;
 #endif
@@ -462,9 +462,11 @@ __host__ __device__ constexpr bool has_columns(Layout layout) { return layout >=
 // There are two kernels for a layout: `many` is for one block on a multiprocessor, with many rows
 // in registers; else two blocks share one. Rows of a thread in registers, and threads of a block,
 // exchange warps included: as many as spill nothing where a vector has `size` elements; `lean`: on
-// architectures before 9.0, for which the same code takes more registers.
+// architectures for which the same code takes more registers.
+constexpr bool is_lean(int architecture) { return architecture < 90 || architecture >= 120; }
+
 __host__ __device__ constexpr int register_rows(Layout layout, int size, bool many, bool lean) {
-  if (many) return lean ? 13 : 16;
+  if (many) return !lean ? 16 : layout == kPlanes ? 13 : 9;
   if (layout == kPixels || size == 2) return 0;
   return (layout == kPlanes || size == 4 ? 3 : 1) - lean;
 }
@@ -1413,7 +1415,7 @@ struct Planner {
   const Device& device;
   const int size, accumulator_bytes;
   const int64_t multiprocessor_bytes = device.shared_bytes + device.reserved_bytes;
-  const bool lean = device.architecture < 90;
+  const bool lean = is_lean(device.architecture);
 
   // All blocks must read the counter before it counts: a launch in which they wait for each other.
   bool counts_batches() const { return call.cumulative && call.num_batches_tracked; }
@@ -1667,7 +1669,7 @@ const char* with_kernel(const FusedBatchNormCall& call, Use use) {
                     1 / count,
                     1 / (count - 1)};
   const bool many =
-      plan.reg_rows > register_rows(plan.layout, kSize, false, device.architecture < 90);
+      plan.reg_rows > register_rows(plan.layout, kSize, false, is_lean(device.architecture));
   if (plan.layout == kPixels) return use(fused_batch_norm_forward_kernel<T, kPixels, false>, a);
   if constexpr (!kDouble) {
     if (plan.layout == kPackedPlanes)
