@@ -1155,11 +1155,12 @@ __device__ Sums<double> cluster_sums(const Block<T>& b, const Unit<T, kLayout>& 
 template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
 __device__ Sums<double> grid_sums(const Block<T>& b, const Unit<T, kLayout>& unit, int i,
                                   const Sums<double>& own) {
+  constexpr bool kWide = sizeof(T) == 8;
   // On their way to a lane: as many as spill nothing.
-  constexpr int kSlots = kLayout == kPixels         ? (sizeof(T) == 8 ? 3
-                                                       : kLean        ? 2
-                                                                      : 6)
-                         : sizeof(T) == 8 || kLean  ? 3
+  constexpr int kSlots = kLayout == kPixels         ? (kWide   ? 3
+                                                       : kLean ? 2
+                                                               : 7)
+                         : kWide || kLean           ? 3
                          : kLayout == kMaskedPlanes ? 4
                                                     : 5;
   const int team = b.p.team.divisor, channels = b.p.channels;
