@@ -1537,7 +1537,9 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, i
     if (const auto p = planner.one_block(narrow, kPixelRows)) return *p;
     for (const int channels : {line, 2 * line})
       if (const auto p = planner.middle(pixels(call, size, channels), {{1, 0}})) return *p;
-    return planner.large(pixels(call, size, 2 * line), many_rows);
+    const Plan wide = planner.large(pixels(call, size, 2 * line), many_rows);
+    if (wide.smem_rows >= 0) return wide;
+    return planner.large(narrow, many_rows);  // the wide one's sums alone take too much shared memory
   }
   const Plan group = planes(call, size, masked);
   const auto packed = packed_planes(call, size);

@@ -1134,6 +1134,7 @@ def main():
         unchanged = pool.submit(examine, (), text, build_dir)
         verdicts = [pool.submit(examine, edits, text, build_dir) for _, *edits in MUTANTS]
         if any(unchanged.result()):
+            pool.shutdown(cancel_futures=True)
             sys.exit(f"the kernel itself fails: {''.join(unchanged.result())}")
         for (name, *_), result in zip(MUTANTS, verdicts, strict=True):
             caught, trouble = result.result()

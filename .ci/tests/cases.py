@@ -397,13 +397,15 @@ def random_case(seed: int, gpu: Device | None = None) -> tuple[Case, Device]:
     N = max(1, int(min(share_bytes / dtype.itemsize / pack, most_elems / C) / (H * W)))
     if N * H * W == 1:
         N = 2
+    if r.random() < 0.01:
+        N = 0
     unaligned = r.choice(("unaligned", *UNALIGNED))
     case = Case(
         f"random {seed}",
         (N, C, H, W),
         dtype,
         params=r.choice((dtype, dtype if dtype == F64 else F32)),  # PyTorch cannot do the mix
-        data=r.choice(("mixed", "uniform", "constant", *RANDOM_DATA)),
+        data=r.choice(("mixed", "uniform", "constant", "outlier first", *RANDOM_DATA)),
         layout=r.choice(("contiguous",) * 6 + (*CHANNELS_LAST * 2, *COPIED, unaligned, unaligned)),
         training=r.random() < 0.8,
         steps=r.choice((1, 1, 2)),
