@@ -1530,7 +1530,7 @@ struct Planner {
 // `many_rows`: the type has a kernel with many rows in registers.
 Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, int accumulator_bytes, bool masked, bool many_rows) {
   const Planner planner{call, device, size, accumulator_bytes};
-  if (call.channels_last) {
+  if (call.channels_last && call.C > 0) {
     const int line = kLineBytes * size / kVectorBytes;  // channels of a line of L2
     const Plan narrow = pixels(call, size, line);
     if (!call.training) return planner.eval(narrow);
