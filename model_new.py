@@ -1,27 +1,25 @@
-"""Batch normalisation of an NCHW tensor, forward, as one fused CUDA kernel in one launch.
+"""Batch normalisation, forward, as one fused CUDA kernel in one launch.
 
-    y = gamma · (x − mean) / √(var + eps) + beta        mean, biased var: per channel, over N, H and W
+    y = gamma · (x − mean) / √(var + eps) + beta     mean, biased var: per channel, over N, H and W
 
-x is read from memory once and y is written once, as a copy would do: between the sweep that sums and the
-sweep that writes, a channel's data stays on the chip.
+x (NCHW or channels-last) is read from memory once and y is written once, as a copy would do: a
+team of blocks keeps a group of channels on the chip from the sums to the store.
 
-Few channels at a time are under way, and a channel is shared by a team of blocks. make_plan() in the CUDA text chooses,
-from shape and device, one of these structures of the one kernel, and the sizes in it:
+    worker warps                                        exchange warps
+      load the first groups                               for each group i:
+      for each group i of this team:                        pivots of a group to come
+        sum group i + lag ── partial sums, "summed" ──────► wait for the block's sums of i
+                                                            the team's: nothing | messages in a
+                                                            cluster | slots in memory
+        wait for the result of i ◄───────── "ready" ─────── mean, inv_std, running buffers
+        store group i, and refill each of its
+        places with group i + stages
 
-    resident   a block's share of a channel fits into registers and half of a multiprocessor's shared memory: each thread loads
-               vectors of its own, sums them, waits for the team, and stores them normalised. Blocks overlap each other's phases.
-    packed     the same where planes do not end with a 16-byte vector (7×7, say), on a few channels side by side that do.
-    ring       one block per multiprocessor takes channel after channel, as tiles:
-
-               producer ──► ring of tiles in shared memory ──► store ──► y
-                                │                              ▲
-                                └──► statistics ──► exchange ──┘
-                                     (sums)         (with the team's other blocks: mean, inv_std)
-
-               Each arrow is a few warps that run on their own, held together by barriers per tile and per channel, so the
-               next channels' tiles already come in while this one's sums travel.
-    hold       the same for what the ring cannot hold: part of it stays in registers (`held`), part is read a second time
-               (`streamed`).
+Each thread owns vectors of its block's share, in places of its own: the first rows in registers,
+the next in shared memory, the rest is read again. Places are private, so no barrier guards them.
+A group is one channel; or the few whose odd planes are whole vectors together; or, channels-last,
+neighbouring channels, each element of a vector another one. make_plan() in the CUDA text chooses
+the group, the team, and how many rows and groups under way a block has, from shape and device.
 """
 
 import os
@@ -50,18 +48,20 @@ struct FusedBatchNormCall {
   int64_t N, C, HW;
   double eps;
   double momentum;
-  int cumulative;                // momentum is None: the cumulative average
-  int dtype;                     // 0 float, 1 half, 2 bfloat16, 3 double
-  int affine_float;              // gamma and beta are float whatever x is
-  int running_float;             // so are the running buffers
-  int training;                  // 0: normalise with the running buffers
-  int channels_last;             // x and y are [N, HW, C]
+  int cumulative;     // momentum is None: the cumulative average
+  int dtype;          // 0 float, 1 half, 2 bfloat16, 3 double
+  int affine_float;   // gamma and beta are float whatever x is
+  int running_float;  // so are the running buffers
+  int training;       // 0: normalise with the running buffers
+  int channels_last;  // x and y are [N, HW, C]
 };
 
 // Each returns null, or what went wrong.
-extern "C" const char* fused_batch_norm_launch(
-    const FusedBatchNormCall* call, void* (*allocate)(size_t bytes, void* context), void* context, void* stream);
-extern "C" const char* fused_batch_norm_describe(const FusedBatchNormCall* call, char* text, size_t text_bytes);
+extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call,
+                                               void* (*allocate)(size_t bytes, void* context),
+                                               void* context, void* stream);
+extern "C" const char* fused_batch_norm_describe(const FusedBatchNormCall* call, char* text,
+                                                 size_t text_bytes);
 """
 
 FUSED_BATCH_NORM_CUDA = r"""
@@ -85,11 +85,11 @@ namespace {
 // -------------------------------------------------------------------------------------------------
 // Constants
 // -------------------------------------------------------------------------------------------------
-constexpr int kVectorBytes = 16;   // one access of one thread
-constexpr int kLineBytes = 128;    // of L2
-constexpr int kUnitChannels = 8;   // channels of an exchange warp,
-constexpr int kUnits = 4;          // or more where a group would take more warps than these
-constexpr int kMaxCluster = 8;     // blocks, that any GPU with clusters takes
+constexpr int kVectorBytes = 16;  // one access of one thread
+constexpr int kLineBytes = 128;   // of L2
+constexpr int kUnitChannels = 8;  // channels of an exchange warp,
+constexpr int kUnits = 4;         // or more where a group would take more warps than these
+constexpr int kMaxCluster = 8;    // blocks, that any GPU with clusters takes
 
 // -------------------------------------------------------------------------------------------------
 // PTX, one instruction a function, named after it
@@ -97,86 +97,78 @@ constexpr int kMaxCluster = 8;     // blocks, that any GPU with clusters takes
 using Mbarrier = uint64_t;     // in shared memory
 using CachePolicy = uint64_t;  // what L2 evicts first or last
 
-// A block's sums on their way to the team. They travel in one piece, so −s2 vouches for s1: its sign
-// bit is set even if s2 is 0, so that it differs from the zeros of an empty slot.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr bool kLean = true;  // as is_lean() says of the architecture
+#else
+constexpr bool kLean = false;
+#endif
+
+// A block's sums on their way to the team. They travel in one piece, so −s2 vouches for s1: its
+// sign bit is set even if s2 is 0, so that it differs from the zeros of an empty slot.
 template <typename A>
 struct alignas(2 * sizeof(A)) SumSlot {
   A s1, minus_s2;
 };
 
 #ifdef __CUDACC__
+#define ASM asm volatile
 
 __device__ unsigned char* dynamic_shared_memory() {
   extern __shared__ __align__(128) unsigned char fused_batch_norm_shared[];
   return fused_batch_norm_shared;
 }
 
-__device__ unsigned shared_address(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
+__device__ unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 
 #if __CUDA_ARCH__ >= 800
 __device__ void mbarrier_init(Mbarrier* b, unsigned arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals)
-               : "memory");
+  const unsigned at = shared_address(b);
+  ASM("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
 }
 
 __device__ void mbarrier_arrive(Mbarrier* b) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(
-                   shared_address(b))
-               : "memory");
+  const unsigned at = shared_address(b);
+  ASM("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(at) : "memory");
 }
 
-__device__ bool mbarrier_test(Mbarrier* b, unsigned parity) {
+__device__ bool mbarrier_test_wait(Mbarrier* b, unsigned parity) {
+  const unsigned at = shared_address(b);
   unsigned complete;
+  ASM("{ .reg .pred p;"
 #if __CUDA_ARCH__ >= 900  // may sleep a while
-  asm volatile(
-      "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-      : "=r"(complete)
-      : "r"(shared_address(b)), "r"(parity)
-      : "memory");
+      "  mbarrier.try_wait.parity.shared.b64 p, [%1], %2;"
 #else
-  asm volatile(
-      "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-      : "=r"(complete)
-      : "r"(shared_address(b)), "r"(parity)
-      : "memory");
+      "  mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
 #endif
+      "  selp.u32 %0, 1, 0, p; }" : "=r"(complete) : "r"(at),
+      "r"(parity) : "memory");
   return complete;
 }
-#else  // in software: arrivals a phase in bits 0-15, arrivals still to come in 16-31, phase above
-__device__ void mbarrier_init(Mbarrier* b, unsigned arrivals) { *b = arrivals | arrivals << 16; }
+#else  // in software: arrivals so far in the lower half, arrivals of a phase in the upper one
+__device__ void mbarrier_init(Mbarrier* b, unsigned arrivals) { *b = uint64_t(arrivals) << 32; }
 
 __device__ void mbarrier_arrive(Mbarrier* b) {
   __threadfence_block();
-  auto* const word = reinterpret_cast<unsigned long long*>(b);
-  unsigned long long old = *const_cast<volatile unsigned long long*>(word), seen;
-  do {
-    seen = old;
-    const unsigned long long next =
-        (seen >> 16 & 0xffff) > 1 ? seen - 0x10000
-                                  : (seen & 0xffff) * 0x10001 | ((seen >> 32) + 1) << 32;
-    old = atomicCAS(word, seen, next);
-  } while (old != seen);
+  atomicAdd(reinterpret_cast<unsigned*>(b), 1);
 }
 
-__device__ bool mbarrier_test(Mbarrier* b, unsigned parity) {
-  const bool complete = (*const_cast<volatile Mbarrier*>(b) >> 32 & 1) != parity;
+__device__ bool mbarrier_test_wait(Mbarrier* b, unsigned parity) {
+  const uint64_t word = *const_cast<volatile Mbarrier*>(b);
   __threadfence_block();
-  return complete;
+  return (unsigned(word) / unsigned(word >> 32) & 1) != parity;
 }
 #endif
 
 // Returns when the phase of this parity is complete.
 __device__ void mbarrier_wait(Mbarrier* b, unsigned parity) {
-  while (!mbarrier_test(b, parity)) {
+  while (!mbarrier_test_wait(b, parity)) {
   }
 }
 
 __device__ CachePolicy createpolicy_evict_last() {
   CachePolicy policy = 0;
 #if __CUDA_ARCH__ >= 800
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  ASM("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
 #endif
   return policy;
 }
@@ -184,7 +176,7 @@ __device__ CachePolicy createpolicy_evict_last() {
 __device__ CachePolicy createpolicy_evict_first() {
   CachePolicy policy = 0;
 #if __CUDA_ARCH__ >= 800
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  ASM("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
 #endif
   return policy;
 }
@@ -192,10 +184,9 @@ __device__ CachePolicy createpolicy_evict_first() {
 // 16 bytes by this thread, some time later. L2 fetches the whole line of 128.
 __device__ void cp_async_16(void* shared, const void* global, CachePolicy policy) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(
-                   shared_address(shared)),
-               "l"(global), "l"(policy)
-               : "memory");
+  const unsigned to = shared_address(shared);
+  ASM("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
+      "l"(global), "l"(policy) : "memory");
 #else
   *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
 #endif
@@ -204,7 +195,7 @@ __device__ void cp_async_16(void* shared, const void* global, CachePolicy policy
 // Makes a group of this thread's cp_async_16 since the last one.
 __device__ void cp_async_commit_group() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
+  ASM("cp.async.commit_group;" :: : "memory");
 #endif
 }
 
@@ -212,74 +203,67 @@ __device__ void cp_async_commit_group() {
 template <int kPending>
 __device__ void cp_async_wait_group() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  ASM("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
 }
 
-__device__ uint4 ld_global_128(const void* address, CachePolicy policy) {
-  uint4 raw;
+__device__ uint4 ld_global_128(const void* from, CachePolicy policy) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile(
-      "ld.global.L1::no_allocate.L2::cache_hint.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
-      : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-      : "l"(address), "l"(policy));
+  uint4 v;
+  ASM("ld.global.L1::no_allocate.L2::cache_hint.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4], %5;" : "=r"(
+          v.x),
+      "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from), "l"(policy));
+  return v;
 #else
-  raw = *static_cast<const uint4*>(address);
+  return *static_cast<const uint4*>(from);
 #endif
-  return raw;
 }
 
 // In one instruction: the compiler would split a plain assignment.
-__device__ void st_global_128(void* address, uint4 raw, bool streaming) {
+__device__ void st_global_128(void* to, uint4 v, bool streaming) {
   if (streaming)
-    asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(raw.x),
-                 "r"(raw.y), "r"(raw.z), "r"(raw.w)
-                 : "memory");
+    ASM("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+        "r"(v.w) : "memory");
   else
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(raw.x), "r"(raw.y),
-                 "r"(raw.z), "r"(raw.w)
-                 : "memory");
+    ASM("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+        "r"(v.w) : "memory");
 }
 
 // Relaxed accesses, each in one piece.
 template <typename A>
-__device__ SumSlot<A> ld_relaxed(const SumSlot<A>* p) {
+__device__ SumSlot<A> ld_relaxed(const SumSlot<A>* from) {
   unsigned long long bits[2];
   if constexpr (sizeof(A) == 4)
-    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(bits[0]) : "l"(p) : "memory");
+    ASM("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(bits[0]) : "l"(from) : "memory");
   else
-    asm volatile(
-        "{ .reg .b128 slot; ld.relaxed.gpu.global.b128 slot, [%2]; mov.b128 {%0, %1}, slot; }"
-        : "=l"(bits[0]), "=l"(bits[1])
-        : "l"(p)
-        : "memory");
+    ASM("{ .reg .b128 v; ld.relaxed.gpu.global.b128 v, [%2]; mov.b128 {%0, %1}, v; }" : "=l"(
+            bits[0]),
+        "=l"(bits[1]) : "l"(from) : "memory");
   SumSlot<A> slot;
   memcpy(&slot, bits, sizeof slot);
   return slot;
 }
 
 template <typename A>
-__device__ void st_relaxed(SumSlot<A>* p, SumSlot<A> slot) {
+__device__ void st_relaxed(SumSlot<A>* to, SumSlot<A> slot) {
   unsigned long long bits[2];
   memcpy(bits, &slot, sizeof slot);
   if constexpr (sizeof(A) == 4)
-    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(bits[0]) : "memory");
+    ASM("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(bits[0]) : "memory");
   else
-    asm volatile(
-        "{ .reg .b128 slot; mov.b128 slot, {%1, %2}; st.relaxed.gpu.global.b128 [%0], slot; }" ::"l"(p),
-        "l"(bits[0]), "l"(bits[1])
-        : "memory");
+    ASM("{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.gpu.global.b128 [%0], v; }" ::"l"(to),
+        "l"(bits[0]), "l"(bits[1]) : "memory");
 }
 
-__device__ unsigned long long ld_relaxed(const unsigned long long* p) {
+__device__ unsigned long long ld_relaxed(const unsigned long long* from) {
   unsigned long long v;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  ASM("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
   return v;
 }
 
 // Adds 1, which orders nothing else, and waits for nothing.
 __device__ void red_add_relaxed(void* word) {
-  asm volatile("red.relaxed.gpu.global.add.u64 [%0], 1;" ::"l"(word) : "memory");
+  ASM("red.relaxed.gpu.global.add.u64 [%0], 1;" ::"l"(word) : "memory");
 }
 
 __device__ void nanosleep() { __nanosleep(40); }
@@ -292,58 +276,54 @@ __device__ void nanosleep_cycles(int64_t cycles) {
 
 #if __CUDA_ARCH__ >= 900
 // Makes initialised mbarriers visible to the cluster, behind its barrier.
-__device__ void fence_mbarrier_init() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
+__device__ void fence_mbarrier_init() { ASM("fence.mbarrier_init.release.cluster;" :: : "memory"); }
 
 // One arrival; the phase also waits for `bytes` from peers.
 __device__ void mbarrier_arrive_expect_tx(Mbarrier* b, unsigned bytes) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(
-                   shared_address(b)),
-               "r"(bytes)
-               : "memory");
+  ASM("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(
+          shared_address(b)),
+      "r"(bytes) : "memory");
 }
 
 // mbarrier_wait where other blocks of the cluster have sent what it waits for.
 __device__ void mbarrier_wait_cluster(Mbarrier* b, unsigned parity) {
   unsigned complete;
   do {
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;"
-        "  selp.u32 %0, 1, 0, p; }"
-        : "=r"(complete)
-        : "r"(shared_address(b)), "r"(parity)
-        : "memory");
+    ASM("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;"
+        "  selp.u32 %0, 1, 0, p; }" : "=r"(complete) : "r"(shared_address(b)),
+        "r"(parity) : "memory");
   } while (!complete);
 }
 
 // The barrier of all threads of a cluster, in two halves. Relaxed: an execution barrier only; a
 // release would cost each thread a MEMBAR.GPU. Aligned: all lanes of a warp together.
 __device__ void barrier_cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  ASM("barrier.cluster.arrive.relaxed.aligned;" :: : "memory");
 }
 
 __device__ void barrier_cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  ASM("barrier.cluster.wait.acquire.aligned;" :: : "memory");
+}
+
+// Where another block of the cluster has what this one has at p.
+__device__ unsigned mapa(const void* p, int rank) {
+  unsigned there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
+  return there;
 }
 
 // Writes a slot to the same place in another block of the cluster, some time later, and counts its
 // bytes on that block's barrier.
 template <typename A>
 __device__ void st_async(SumSlot<A>* shared, int rank, SumSlot<A> slot, Mbarrier* b) {
-  unsigned to, barrier;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(shared)), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(b)), "r"(rank));
   if constexpr (sizeof(A) == 4)
-    asm volatile(
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
-        "f"(slot.s1), "f"(slot.minus_s2), "r"(barrier)
-        : "memory");
+    ASM("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+            mapa(shared, rank)),
+        "f"(slot.s1), "f"(slot.minus_s2), "r"(mapa(b, rank)) : "memory");
   else
-    asm volatile(
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f64 [%0], {%1, %2}, [%3];" ::"r"(to),
-        "d"(slot.s1), "d"(slot.minus_s2), "r"(barrier)
-        : "memory");
+    ASM("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f64 [%0], {%1, %2}, [%3];" ::"r"(
+            mapa(shared, rank)),
+        "d"(slot.s1), "d"(slot.minus_s2), "r"(mapa(b, rank)) : "memory");
 }
 #else  // no plan asks for clusters
 __device__ void fence_mbarrier_init() {}
@@ -356,6 +336,7 @@ __device__ void st_async(SumSlot<A>*, int, SumSlot<A>, Mbarrier*) {
   __trap();
 }
 #endif
+#undef ASM
 #else
 #include "emulated_device.h"
 #endif
@@ -468,31 +449,38 @@ struct FastDivmod {  // n / divisor == umulhi(2n, magic) >> shift for all n < 2�
   unsigned divisor, magic, shift;
 };
 
-enum Layout {      // of a group of neighbouring channels, that a block works on
-  kPlanes,         // one channel; its planes are rows of whole vectors
-  kMaskedPlanes,   // one channel; a plane may start or end within a vector
-  kPackedPlanes,   // several, whose planes together are whole vectors; a vector may hold two of them
-  kPixels,         // several of a channels-last x; each element of a vector has a channel of its own
+enum Layout {     // of a group of neighbouring channels, that a block works on
+  kPlanes,        // one channel; its planes are rows of whole vectors
+  kMaskedPlanes,  // one channel; a plane may start or end within a vector
+  kPackedPlanes,  // several, whose planes together are whole vectors; a vector may hold two of them
+  kPixels,        // several of a channels-last x; each element of a vector has a channel of its own
 };
 
 // Where a thread's vectors are all at the same place of their rows.
 __host__ __device__ constexpr bool has_columns(Layout layout) { return layout >= kPackedPlanes; }
 
-// There are two kernels for a layout: `many` is for one block on a multiprocessor, with many rows in
-// registers; else two blocks share one. Rows of a thread in registers, and threads of a block, exchange
-// warps included: as many as spill nothing where a vector has `size` elements.
-__host__ __device__ constexpr int register_rows(Layout layout, int size, bool many) {
-  return many ? 16 : layout == kPixels || size == 2 ? 0 : layout == kPlanes || size == 4 ? 3 : 1;
+// There are two kernels for a layout: `many` is for one block on a multiprocessor, with many rows
+// in registers; else two blocks share one. Rows of a thread in registers, and threads of a block,
+// exchange warps included: as many as spill nothing where a vector has `size` elements; `lean`: on
+// architectures for which the same code takes more registers.
+constexpr bool is_lean(int architecture) { return architecture < 90 || architecture >= 120; }
+
+__host__ __device__ constexpr int register_rows(Layout layout, int size, bool many, bool lean) {
+  if (many) return !lean ? 16 : layout == kPlanes ? 13 : 9;
+  if (layout == kPixels || size == 2) return 0;
+  return (layout == kPlanes || size == 4 ? 3 : 1) - lean;
 }
-__host__ __device__ constexpr int max_threads(Layout layout, bool many) {
-  return many ? 512 : layout == kPixels ? 320 : layout == kPackedPlanes ? 448 : 512;
+__host__ __device__ constexpr int max_threads(Layout layout, bool many, bool lean) {
+  return layout == kPixels         ? (lean ? 256 : 320)
+         : layout == kPackedPlanes ? (lean ? 384 : 448)
+                                   : 512;
 }
 
 enum TeamKind { kBlockTeam, kClusterTeam, kGridTeam };
 
 struct Plan {
   // The group: rows of vectors, the same in each of them.
-  Layout layout;
+  Layout layout;          // 0 planes, 1 masked planes, 2 packed planes, 3 pixels
   int channels;           // of a group
   int groups;             // of x
   unsigned vectors;       // of a group, in all rows
@@ -502,24 +490,24 @@ struct Plan {
   FastDivmod pixel;       // kPixels: vectors that cover a pixel's part of a row
   int pixels;             // kPixels: pixels of a row
   // The team: blocks that share a group.
-  TeamKind team_kind;
-  FastDivmod team;        // blocks of a team
-  int teams;              // at work at once
-  int rounds;             // groups of a team, at most
+  TeamKind team_kind;  // 0 one block, 1 a cluster, 2 blocks of a cooperative launch
+  FastDivmod team;     // blocks of a team
+  int teams;           // at work at once
+  int rounds;          // groups of a team, at most
   // The block.
-  int threads;            // workers
-  int exchange_warps;
-  int stages;             // groups under way in a block: D
-  int lag;                // groups whose sums are being exchanged meanwhile: E
-  unsigned share;         // vectors of a group from a block's first to the next block's
-  FastDivmod step;        // the same from a thread's vector to its next
-  int rows;               // vectors of a thread, at most; of them
+  int threads;              // workers
+  int exchange_warps;       // lag + 1 sets of them, which take the groups in turn
+  int stages;               // groups under way in a block: D
+  int lag;                  // groups whose sums are being exchanged meanwhile: E
+  unsigned share;           // vectors of a group from a block's first to the next block's
+  FastDivmod step;          // the same from a thread's vector to its next
+  int rows;                 // vectors of a thread, at most; of them
   int reg_rows, smem_rows;  // in registers and in shared memory; others are read again
-  int shared_bytes;
+  int shared_bytes;         // of a block
   // Blocks that start one after the other.
-  FastDivmod stagger;     // teams that start at once
-  int stagger_turns;      // of such teams that are there at first; 0: all start at once
-  int stagger_cycles;     // by which one starts later than the one before
+  FastDivmod stagger;  // teams that start at once
+  int stagger_turns;   // of such teams that are there at first; 0: all start at once
+  int stagger_cycles;  // by which one starts later than the one before
 };
 
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
@@ -527,11 +515,13 @@ int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 // What follows from a plan: how an exchange is cut, where things lie in a block's shared memory.
 struct SharedLayout {
   int unit_channels, units;  // channels that an exchange warp takes; warps that share a group
-  int64_t group_bytes;       // of scratch: a line of L2 a unit for the count of the blocks that have left
-                             // their sums, so that looking at it delays none that still write; the slots
-  int log2_slots;            // results, pivots and partial sums are there for so many groups
+  int64_t
+      group_bytes;  // of scratch: a line of L2 a unit for the count of the blocks that have left
+                    // their sums, so that looking at it delays none that still write; the slots
+  int log2_slots;   // results, pivots and partial sums are there for so many groups
   int partial_row, partial_rows, partials;  // partial sums of a row; rows; their product
-  int message_at, result_at, barrier_at, partial_at, pivot_at, bytes;  // offsets; the places are at 0
+  int message_at, result_at, barrier_at, partial_at, pivot_at,
+      bytes;  // offsets; the places are at 0
 
   // accumulator_bytes: of one number; size: elements of a vector.
   SharedLayout(const Plan& p, int accumulator_bytes, int size) {
@@ -539,18 +529,25 @@ struct SharedLayout {
     const bool by_warp = !has_columns(p.layout) || 32 % p.width.divisor == 0;
     const int team = p.team.divisor;
     unit_channels = 1;
-    while (unit_channels < p.channels && (unit_channels < kUnitChannels || unit_channels * kUnits < p.channels)) unit_channels *= 2;
+    while (unit_channels < p.channels &&
+           (unit_channels < kUnitChannels || unit_channels * kUnits < p.channels))
+      unit_channels *= 2;
     units = ceil_div(p.channels, unit_channels);
-    group_bytes = p.team_kind == kGridTeam && team > 1
-                      ? kLineBytes * (units + ceil_div(int64_t(team) * p.channels * slot_bytes, kLineBytes))
-                      : 0;
+    group_bytes =
+        p.team_kind == kGridTeam && team > 1
+            ? kLineBytes * (units + ceil_div(int64_t(team) * p.channels * slot_bytes, kLineBytes))
+            : 0;
     log2_slots = p.rounds <= 1 ? 0 : p.lag == 0 ? 1 : p.lag == 1 ? 3 : 4;
     const int slots = 1 << log2_slots;
-    partial_row = p.layout == kPixels ? p.width.divisor * size : p.layout == kPackedPlanes ? p.width.divisor * 2 : 1;
+    partial_row = p.layout == kPixels         ? p.width.divisor * size
+                  : p.layout == kPackedPlanes ? p.width.divisor * 2
+                                              : 1;
     partial_rows = ceil_div(p.threads, by_warp ? 32 : p.width.divisor);
     partials = partial_row * partial_rows;
     message_at = p.stages * p.smem_rows * p.threads * kVectorBytes;
-    result_at = message_at + (p.team_kind == kClusterTeam ? ceil_div(p.channels * team * slot_bytes, 16) * 16 : 0);
+    result_at =
+        message_at +
+        (p.team_kind == kClusterTeam ? ceil_div(p.channels * team * slot_bytes, 16) * 16 : 0);
     barrier_at = result_at + ceil_div(3 * slots * p.channels * accumulator_bytes, 16) * 16;
     partial_at = barrier_at + (2 * slots + 2) * int(sizeof(Mbarrier));
     pivot_at = partial_at + 2 * slots * partials * accumulator_bytes;
@@ -565,10 +562,11 @@ struct Arguments {
   const void* x;           // the 16-byte boundary before x
   void* y;                 // and before y
   unsigned char* scratch;  // [groups][group_bytes], content unknown at the start
-  int shift;         // elements from the 16-byte boundary before x to x
-  unsigned whole;    // vectors from that boundary on that end within x; the next is not read as a whole
-  uint64_t image;    // C·HW, elements
-  int tail;          // kMaskedPlanes: elements of a plane beyond all but two vectors of its row
+  int shift;               // elements from the 16-byte boundary before x to x
+  unsigned
+      whole;  // vectors from that boundary on that end within x; the next is not read as a whole
+  uint64_t image;  // C·HW, elements
+  int tail;        // kMaskedPlanes: elements of a plane beyond all but two vectors of its row
   double per_element, per_element_but_one;  // 1 / (N·HW) and 1 / (N·HW − 1)
 };
 
@@ -622,7 +620,9 @@ struct Block {
   __device__ Sums<A>* partial(int i) const {
     return at<Sums<A>>(layout.partial_at) + slot(i) * layout.partials;
   }
-  __device__ Result<A>* result(int i) const { return at<Result<A>>(layout.result_at) + slot(i) * p.channels; }
+  __device__ Result<A>* result(int i) const {
+    return at<Result<A>>(layout.result_at) + slot(i) * p.channels;
+  }
   __device__ A* pivot(int i) const { return at<A>(layout.pivot_at) + slot(i) * p.channels; }
   __device__ int group(int i) const { return first_group + i * p.teams; }
 };
@@ -638,8 +638,11 @@ struct Place {
 template <typename T, Layout kLayout>
 struct Group {
   static constexpr int kSize = Vector<T>::kSize;
-  static constexpr bool kMasked = kLayout == kMaskedPlanes || kLayout == kPixels;  // not all elements may count
-  static constexpr int kParts = kLayout == kPixels ? kSize : kLayout == kPackedPlanes ? 2 : 1;  // channels of a vector
+  static constexpr bool kMasked =
+      kLayout == kMaskedPlanes || kLayout == kPixels;  // not all elements may count
+  static constexpr int kParts = kLayout == kPixels         ? kSize
+                                : kLayout == kPackedPlanes ? 2
+                                                           : 1;  // channels of a vector
   using A = typename Accumulator<T>::type;
   const Arguments& a;
   const FusedBatchNormCall& call = a.call;
@@ -649,7 +652,8 @@ struct Group {
   int split = kSize;    // kPackedPlanes: its elements from here on belong to the next channel
 
   __device__ Group(const Block<T>& b, unsigned thread) : a(b.a) {
-    const unsigned in_row = has_columns(kLayout) ? thread - divide(thread, p.width) * p.width.divisor : 0;
+    const unsigned in_row =
+        has_columns(kLayout) ? thread - divide(thread, p.width) * p.width.divisor : 0;
     if constexpr (kLayout == kPackedPlanes) {
       offset = in_row * kSize;
       split = min(int(call.HW) - offset % int(call.HW), kSize);
@@ -661,8 +665,8 @@ struct Group {
     }
   }
 
-  // What element i has of something that each of the vector's channels has. (Chosen by value: an index
-  // that is not known to the compiler would move the array to local memory.)
+  // What element i has of something that each of the vector's channels has. (Chosen by value: an
+  // index that the compiler does not know would move the array to local memory.)
   template <typename V>
   __device__ V pick(const V (&of)[kParts], int i) const {
     if (kLayout == kPackedPlanes) return i < split ? of[0] : of[kParts - 1];
@@ -677,25 +681,29 @@ struct Group {
     const unsigned row = divide(v, p.width), in_row = v - row * p.width.divisor;
     if constexpr (kLayout == kMaskedPlanes) {
       const uint64_t first = row * a.image + (uint64_t(g) * call.HW + a.shift);
-      const int behind = int(first % kSize), to_last = int(in_row - p.width.divisor) + 2;  // vectors
+      const int behind = int(first % kSize),
+                to_last = int(in_row - p.width.divisor) + 2;  // vectors
       const int end = to_last < 0 ? kSize : min(a.tail + behind - to_last * kSize, kSize);
       return {unsigned(first / kSize) + in_row, in_row == 0 ? behind : 0, end};
     } else {
-      Place at = {g * p.group_stride + row * p.row_stride + (kLayout == kPixels ? column : in_row), 0, kSize};
+      Place at = {g * p.group_stride + row * p.row_stride + (kLayout == kPixels ? column : in_row),
+                  0, kSize};
       if constexpr (kLayout == kPixels) {
         if (!periodic()) {
           at.begin = max(0, -offset);
           at.end = min(kSize, min(p.channels, int(call.C) - g * p.channels) - offset);
         }
         if (at.vector == 0) at.begin = max(at.begin, a.shift);
-        if (at.vector >= a.whole) at.end = min(at.end, int(call.N * call.C * call.HW + a.shift - int64_t(at.vector) * kSize));
+        if (at.vector >= a.whole)
+          at.end =
+              min(at.end, int(call.N * call.C * call.HW + a.shift - int64_t(at.vector) * kSize));
       }
       return at;
     }
   }
 
-  // Calls use(part, channel) for each of the vector's channels, which may lie outside the group where
-  // no element of it counts.
+  // Calls use(part, channel) for each of the vector's channels, which may lie outside the group
+  // where no element of it counts.
   template <typename Use>
   __device__ void each_part(Use use) const {
     const int C = int(call.C);
@@ -708,7 +716,6 @@ struct Group {
       if (++channel == C && kLayout == kPixels && periodic()) channel = 0;
     }
   }
-
 
   // The elements of a vector that reaches past the end of x. Rolled: few do.
   __device__ Vector<T> load_tail(const Place& at) const {
@@ -741,7 +748,8 @@ struct Group {
   }
 
   // s1 += x − pivot, s2 += (x − pivot)², element by element.
-  __device__ void sum(Sums<A> (&sums)[kSize], const Vector<T>& v, const Place& at, const A (&pivot)[kParts]) const {
+  __device__ void sum(Sums<A> (&sums)[kSize], const Vector<T>& v, const Place& at,
+                      const A (&pivot)[kParts]) const {
     const auto add = [&](int i) {
       const A d = widen(v.get(i)) - pick(pivot, i);
       sums[i].s1 += d;
@@ -759,7 +767,8 @@ struct Group {
 
   // y = (x − mean)·scale + shift, where shift holds beta and what the rounded mean left over. The
   // mean goes first: folded into the shift, it would take digits along where |mean| ≫ std.
-  __device__ void store(const Vector<T>& v, const Place& at, const Result<A> (&r)[kParts], bool streaming) const {
+  __device__ void store(const Vector<T>& v, const Place& at, const Result<A> (&r)[kParts],
+                        bool streaming) const {
     if (kMasked && at.begin >= at.end) return;
     A normal[kSize];
 #pragma unroll
@@ -796,7 +805,7 @@ __device__ void publish(const Block<T>& b, const Group<T, kLayout>& group, unsig
 #pragma unroll
     for (int e = 0; e < kSize; ++e) all.add(sums[e]);
     all = warp_sum(all);
-    __syncwarp();  // all lanes have read the pivot, which the exchange warps may overwrite behind this arrival
+    __syncwarp();  // all lanes have read the pivot, which may be overwritten behind this arrival
     if (b.lane != 0) return;
     partial[thread / 32] = all;
   } else if constexpr (kLayout == kPackedPlanes) {
@@ -831,10 +840,12 @@ template <typename T, Layout kLayout, bool kMany, typename Start>
 __device__ void work(const Block<T>& b, Start start) {
   using G = Group<T, kLayout>;
   using A = typename G::A;
-  constexpr int kRegRows = register_rows(kLayout, G::kSize, kMany);
-  constexpr bool kRereads = kMany || kLayout == kPixels || (kLayout == kMaskedPlanes && sizeof(T) != 4);
-  constexpr int kFlightRows = 6;
-  constexpr int kRereadRows = kMany && kLayout == kPlanes ? 4 : kLayout == kPixels ? 4 : kMany ? 2 : 1;  // on their way to a thread
+  constexpr int kRegRows = register_rows(kLayout, G::kSize, kMany, kLean);
+  constexpr bool kRereads =
+      kMany || kLayout == kPixels || (kLayout == kMaskedPlanes && sizeof(T) != 4);
+  constexpr int kRereadRows = kLayout == kMaskedPlanes ? (kMany ? 2 : 1)
+                              : kLean                  ? 2
+                                                       : 4;  // on their way to a thread
   const Plan& p = b.p;
   const unsigned thread = threadIdx.x - 32 * p.exchange_warps;
   const G group(b, thread);
@@ -842,13 +853,14 @@ __device__ void work(const Block<T>& b, Start start) {
   const bool works = thread < unsigned(p.threads) && first < p.vectors;
   const int rows = works ? min(p.rows, int(divide(p.vectors - 1 - first, p.step)) + 1) : 0;
   const int in_registers = min(rows, p.reg_rows), on_chip = min(rows, p.reg_rows + p.smem_rows);
-  const CachePolicy evict_last = createpolicy_evict_last(), evict_first = createpolicy_evict_first();
+  const CachePolicy evict_last = createpolicy_evict_last(),
+                    evict_first = createpolicy_evict_first();
   const bool streaming = p.rows > p.reg_rows + p.smem_rows;  // x needs all of L2
   Vector<T> reg[kRegRows > 0 ? kRegRows : 1];
   int sum_stage = 0, store_stage = 0;  // of the ring of places
 
-  // Calls use(v, place) for this thread's rows in shared memory, in two halves, whose copies are groups
-  // of their own; start(half) before each.
+  // Calls use(v, place) for this thread's rows in shared memory, in two halves, whose copies are
+  // groups of their own; start_half(half) before each.
   const auto each_smem_row = [&](int stage, auto start_half, auto use) {
     Vector<T>* place = b.places() + stage * p.smem_rows * p.threads + thread;
     unsigned v = first + p.reg_rows * step;
@@ -867,20 +879,22 @@ __device__ void work(const Block<T>& b, Start start) {
   const auto sum = [&](int i) {
     const int g = b.group(i);
     A pivot[G::kParts];
-    group.each_part([&](int e, int c) { pivot[e] = unsigned(c) < unsigned(p.channels) ? b.pivot(i)[c] : A(0); });
+    group.each_part([&](int e, int c) {
+      pivot[e] = unsigned(c) < unsigned(p.channels) ? b.pivot(i)[c] : A(0);
+    });
     Sums<A> sums[G::kSize];
 #pragma unroll
     for (int r = 0; r < kRegRows; ++r)
       if (r < in_registers) group.sum(sums, reg[r], group.place(g, first + r * step), pivot);
     const auto wait = [&](int half) {  // for this group's half; a later group may be on its way
-      if (kMany)
-        cp_async_wait_group<0>();
-      else if (p.stages - 1 > p.lag)
+      if (p.stages - 1 > p.lag)
         half == 0 ? cp_async_wait_group<3>() : cp_async_wait_group<2>();
       else
         half == 0 ? cp_async_wait_group<1>() : cp_async_wait_group<0>();
     };
-    each_smem_row(sum_stage, wait, [&](unsigned v, const Vector<T>* place) { group.sum(sums, *place, group.place(g, v), pivot); });
+    each_smem_row(sum_stage, wait, [&](unsigned v, const Vector<T>* place) {
+      group.sum(sums, *place, group.place(g, v), pivot);
+    });
 #pragma unroll 1
     for (int row = on_chip; kRereads && row < rows; row += kRereadRows) {
       Vector<T> again[kRereadRows];
@@ -905,7 +919,9 @@ __device__ void work(const Block<T>& b, Start start) {
     Result<A> result[G::kParts];
     if (stores) {
       mbarrier_wait(b.ready(i), b.parity(i));
-      group.each_part([&](int e, int c) { result[e] = unsigned(c) < unsigned(p.channels) ? b.result(i)[c] : Result<A>{}; });
+      group.each_part([&](int e, int c) {
+        result[e] = unsigned(c) < unsigned(p.channels) ? b.result(i)[c] : Result<A>{};
+      });
       // Newest first: L2 still has those.
 #pragma unroll 1
       for (int row = rows - 1; kRereads && row >= on_chip; row -= kRereadRows) {
@@ -914,7 +930,8 @@ __device__ void work(const Block<T>& b, Start start) {
 #pragma unroll
         for (int k = 0; k < kRereadRows; ++k) {
           at[k] = group.place(g, first + (row - k) * step);
-          if (row - k >= on_chip && at[k].begin < at[k].end) again[k] = group.load(at[k], evict_first);
+          if (row - k >= on_chip && at[k].begin < at[k].end)
+            again[k] = group.load(at[k], evict_first);
         }
 #pragma unroll
         for (int k = 0; k < kRereadRows; ++k)
@@ -927,7 +944,8 @@ __device__ void work(const Block<T>& b, Start start) {
       const unsigned v = first + r * step;
       if (stores) group.store(reg[r], group.place(g, v), result, streaming);
       if (refills)
-        if (const Place at = group.place(next_g, v); at.begin < at.end) reg[r] = group.load(at, evict_last);
+        if (const Place at = group.place(next_g, v); at.begin < at.end)
+          reg[r] = group.load(at, evict_last);
     }
     const auto commit = [](int half) {
       if (half == 1) cp_async_commit_group();
@@ -935,11 +953,8 @@ __device__ void work(const Block<T>& b, Start start) {
     each_smem_row(store_stage, commit, [&](unsigned v, Vector<T>* place) {
       if (stores) group.store(*place, group.place(g, v), result, streaming);
       if (refills)
-        if (const Place at = group.place(next_g, v); at.begin < at.end) group.load_async(place, at, evict_last);
-      if (kMany) {  // few rows on their way: more would make the blocks drift apart, which costs DRAM locality
-        cp_async_commit_group();
-        cp_async_wait_group<kFlightRows>();
-      }
+        if (const Place at = group.place(next_g, v); at.begin < at.end)
+          group.load_async(place, at, evict_last);
     });
     cp_async_commit_group();
     advance(store_stage);
@@ -965,8 +980,8 @@ __device__ void work(const Block<T>& b, Start start) {
 template <typename T, Layout kLayout>
 struct Unit {
   const int channels, set, index;  // set of warps that this one is in; unit in the group
-  const int part, parts;           // this lane's number among those of its channel; how many they are
-  const int local;                 // its channel in the group
+  const int part, parts;  // this lane's number among those of its channel; how many they are
+  const int local;        // its channel in the group
 
   __device__ explicit Unit(const Block<T>& b)
       : channels(has_columns(kLayout) ? b.layout.unit_channels : 1),
@@ -977,12 +992,14 @@ struct Unit {
         local(has_columns(kLayout) ? index * channels + b.lane % channels : 0) {}
 
   // This lane's channel in x, for group i of the block's team.
-  __device__ int channel(const Block<T>& b, int i) const { return b.group(i) * b.p.channels + local; }
+  __device__ int channel(const Block<T>& b, int i) const {
+    return b.group(i) * b.p.channels + local;
+  }
 };
 
-// What the pivot of a channel is chosen by: this lane's element of each of four runs, scattered over
-// the channel. (Elements that lie apart would each be a request of its own, for which small channels
-// have no time.) As it lies in memory: a conversion behind the load would wait for it.
+// What the pivot of a channel is chosen by: this lane's element of each of four runs, scattered
+// over the channel. (Elements that lie apart would each be a request of its own, for which small
+// channels have no time.) As it lies in memory: a conversion behind the load would wait for it.
 constexpr int kRuns = 4, kRunElements = 8;
 
 template <typename T>
@@ -994,22 +1011,26 @@ template <typename T, Layout kLayout>
 __device__ Sample<T> load_sample(const Arguments& a, const Unit<T, kLayout>& unit, int channel) {
   const FusedBatchNormCall& call = a.call;
   const bool apart = call.HW < kRunElements;
-  const int64_t plane_stride = kLayout == kPixels ? 1 : call.HW, element_stride = kLayout == kPixels ? call.C : 1;
+  const int64_t plane_stride = kLayout == kPixels ? 1 : call.HW,
+                element_stride = kLayout == kPixels ? call.C : 1;
   Sample<T> sample;
   if (channel >= call.C || unit.part >= kRunElements) return sample;
 #pragma unroll
   for (int r = 0; r < kRuns; ++r) {
     const unsigned seed = apart ? r * kRunElements + unit.part : r;
     const uint64_t n = __umulhi(seed * 0x9e3779b9u, unsigned(call.N));
-    const uint64_t i = __umulhi(seed * 0x85ebca6bu, unsigned(call.HW) - (apart ? 0 : kRunElements - 1)) + (apart ? 0 : unit.part);
-    sample.of_run[r] = static_cast<const T*>(call.x)[n * a.image + channel * plane_stride + i * element_stride];
+    const uint64_t i =
+        __umulhi(seed * 0x85ebca6bu, unsigned(call.HW) - (apart ? 0 : kRunElements - 1)) +
+        (apart ? 0 : unit.part);
+    sample.of_run[r] =
+        static_cast<const T*>(call.x)[n * a.image + channel * plane_stride + i * element_stride];
   }
   return sample;
 }
 
-// A mean of the sample, so that (pivot − mean)² is a fraction of var and nothing cancels; of medians
-// of three runs, so that no outlier, nor a run of them, moves it away from all others. All lanes of the
-// warp must call.
+// A mean of the sample, so that (pivot − mean)² is a fraction of var and nothing cancels; of
+// medians of three runs, so that no outlier, nor a run of them, moves it away from all others. All
+// lanes of the warp must call.
 template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
 __device__ A pivot_of(const Sample<T>& sample, const Unit<T, kLayout>& unit) {
   A sum = 0;
@@ -1060,14 +1081,16 @@ struct Channel {
   }
 
   // What backward needs, and the new running statistics, with `factor` for the new value's weight.
-  __device__ void save(const Arguments& a, int c, const Moments& moments, double inv_std, double factor) const {
+  __device__ void save(const Arguments& a, int c, const Moments& moments, double inv_std,
+                       double factor) const {
     const FusedBatchNormCall& call = a.call;
     static_cast<A*>(call.mean)[c] = A(moments.mean);
     static_cast<A*>(call.inv_std)[c] = A(inv_std);
     if (call.running_mean) {
       const double unbiased = moments.m2 * a.per_element_but_one;
-      store_parameter<T>(call.running_mean, c, call.running_float,
-                         (1 - factor) * running_mean.value(call.running_float) + factor * moments.mean);
+      store_parameter<T>(
+          call.running_mean, c, call.running_float,
+          (1 - factor) * running_mean.value(call.running_float) + factor * moments.mean);
       store_parameter<T>(call.running_var, c, call.running_float,
                          (1 - factor) * running_var.value(call.running_float) + factor * unbiased);
     }
@@ -1086,7 +1109,8 @@ __device__ Sums<double> block_sums(const Block<T>& b, const Unit<T, kLayout>& un
     const unsigned HW = b.call.HW, C = b.call.C, pixel = b.p.pixel.divisor, first = unit.local * HW;
     // The channel's entries in a row: those of its columns, or one in each pixel.
     const unsigned column = first / kSize;
-    const unsigned entries = kLayout == kPixels ? b.p.pixels : (first + HW - 1) / kSize + 1 - column;
+    const unsigned entries =
+        kLayout == kPixels ? b.p.pixels : (first + HW - 1) / kSize + 1 - column;
     // Lanes share the columns of a plane; or the rows, where a pixel has one entry.
     constexpr bool kPixel = kLayout == kPixels;
 #pragma unroll 1
@@ -1099,7 +1123,8 @@ __device__ Sums<double> block_sums(const Block<T>& b, const Unit<T, kLayout>& un
       else
         at = j * pixel * kSize + (j * C + b.a.shift) % kSize + unit.local;
 #pragma unroll 2
-      for (int row = kPixel ? unit.part : 0; row < b.layout.partial_rows; row += kPixel ? unit.parts : 1)
+      for (int row = kPixel ? unit.part : 0; row < b.layout.partial_rows;
+           row += kPixel ? unit.parts : 1)
         sums.add(partial[row * b.layout.partial_row + at]);
     }
   }
@@ -1108,7 +1133,8 @@ __device__ Sums<double> block_sums(const Block<T>& b, const Unit<T, kLayout>& un
 
 // From a block's sums to its cluster's: each block sends them to all.
 template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
-__device__ Sums<double> cluster_sums(const Block<T>& b, const Unit<T, kLayout>& unit, const Sums<double>& own) {
+__device__ Sums<double> cluster_sums(const Block<T>& b, const Unit<T, kLayout>& unit,
+                                     const Sums<double>& own) {
   const int team = b.p.team.divisor;
   SumSlot<A>* const slots = b.template at<SumSlot<A>>(b.layout.message_at) + unit.local * team;
   const bool exists = unit.local < b.p.channels;
@@ -1123,20 +1149,31 @@ __device__ Sums<double> cluster_sums(const Block<T>& b, const Unit<T, kLayout>& 
   return warp_sum(sums, unit.channels);
 }
 
-// From a block's sums to those of a team in the grid: each block leaves them in memory, and adds those
-// of all in the order of their ranks. The count orders nothing: each slot says whether it has arrived.
+// From a block's sums to those of a team in the grid: each block leaves them in memory, and adds
+// those of all in the order of their ranks. The count orders nothing: each slot says whether it has
+// arrived.
 template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
-__device__ Sums<double> grid_sums(const Block<T>& b, const Unit<T, kLayout>& unit, int i, const Sums<double>& own) {
-  constexpr int kSlots = sizeof(T) == 8 ? 3 : kLayout == kPixels ? 7 : kLayout == kMaskedPlanes ? 4 : 5;  // on their way to a lane
+__device__ Sums<double> grid_sums(const Block<T>& b, const Unit<T, kLayout>& unit, int i,
+                                  const Sums<double>& own) {
+  // On their way to a lane: as many as spill nothing.
+  constexpr int kSlots = kLayout == kPixels         ? (sizeof(T) == 8 ? 3
+                                                       : kLean        ? 2
+                                                                      : 6)
+                         : sizeof(T) == 8 || kLean  ? 3
+                         : kLayout == kMaskedPlanes ? 4
+                                                    : 5;
   const int team = b.p.team.divisor, channels = b.p.channels;
   const bool exists = unit.local < channels;
   unsigned char* const group = b.a.scratch + b.group(i) * b.layout.group_bytes;
   auto* const counter = reinterpret_cast<unsigned long long*>(group + unit.index * kLineBytes);
-  auto* const slots = reinterpret_cast<SumSlot<A>*>(group + b.layout.units * kLineBytes) + unit.local;
-  if (exists && unit.part == 0) st_relaxed(&slots[b.rank * channels], SumSlot<A>{A(own.s1), A(-own.s2)});
+  auto* const slots =
+      reinterpret_cast<SumSlot<A>*>(group + b.layout.units * kLineBytes) + unit.local;
+  if (exists && unit.part == 0)
+    st_relaxed(&slots[b.rank * channels], SumSlot<A>{A(own.s1), A(-own.s2)});
   if (b.lane == 0) {
     red_add_relaxed(counter);
-    while (ld_relaxed(counter) < team) nanosleep();  // all slots, again and again, would take L2's time
+    while (ld_relaxed(counter) < team)
+      nanosleep();  // all slots, again and again, would take L2's time
   }
   __syncwarp();
   Sums<double> sums;
@@ -1145,12 +1182,14 @@ __device__ Sums<double> grid_sums(const Block<T>& b, const Unit<T, kLayout>& uni
     SumSlot<A> slot[kSlots];
 #pragma unroll
     for (int k = 0; k < kSlots; ++k)
-      if (const int rank = first + k * unit.parts; rank < team) slot[k] = ld_relaxed(&slots[rank * channels]);
+      if (const int rank = first + k * unit.parts; rank < team)
+        slot[k] = ld_relaxed(&slots[rank * channels]);
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
       const int rank = first + k * unit.parts;
       if (rank >= team) break;
-      while (slot[k].minus_s2 == 0 && !signbit(slot[k].minus_s2)) slot[k] = ld_relaxed(&slots[rank * channels]);
+      while (slot[k].minus_s2 == 0 && !signbit(slot[k].minus_s2))
+        slot[k] = ld_relaxed(&slots[rank * channels]);
       sums.add(Sums<A>{slot[k].s1, -slot[k].minus_s2});
     }
   }
@@ -1159,12 +1198,14 @@ __device__ Sums<double> grid_sums(const Block<T>& b, const Unit<T, kLayout>& uni
 }
 
 template <typename T, Layout kLayout, typename Start>
-__device__ void exchange(const Block<T>& b, const Unit<T, kLayout>& unit, Sample<T> sample, double factor, Start start) {
+__device__ void exchange(const Block<T>& b, const Unit<T, kLayout>& unit, Sample<T> sample,
+                         double factor, Start start) {
   using A = typename Accumulator<T>::type;
   const Plan& p = b.p;
   const FusedBatchNormCall& call = b.call;
   const int sets = p.lag + 1;  // of warps, which take the groups in turn
-  const bool leads = unit.local < p.channels && unit.part == 0, saves = b.rank == 0 || !call.training;
+  const bool leads = unit.local < p.channels && unit.part == 0,
+             saves = b.rank == 0 || !call.training;
   const auto channel_of = [&](int i) { return unit.channel(b, i); };
   const auto needed = [&](int i) { return leads && i < b.groups && channel_of(i) < call.C; };
   Channel<T> next(call, 0, false, false);
@@ -1199,7 +1240,8 @@ __device__ void exchange(const Block<T>& b, const Unit<T, kLayout>& unit, Sample
     const double inv_std = rsqrt(moments.var + call.eps);
     if (leads) b.result(i)[unit.local] = parameters.result(call, moments.mean, inv_std);
     mbarrier_arrive(b.ready(i));
-    if (call.training && saves && needed(i)) parameters.save(b.a, channel_of(i), moments, inv_std, factor);
+    if (call.training && saves && needed(i))
+      parameters.save(b.a, channel_of(i), moments, inv_std, factor);
   }
 }
 
@@ -1207,7 +1249,7 @@ __device__ void exchange(const Block<T>& b, const Unit<T, kLayout>& unit, Sample
 // The kernel
 // -------------------------------------------------------------------------------------------------
 template <typename T, Layout kLayout, bool kMany>
-__global__ void __launch_bounds__(max_threads(kLayout, kMany), kMany ? 1 : 2)
+__global__ void __launch_bounds__(max_threads(kLayout, kMany, kLean), kMany ? 1 : 2)
     fused_batch_norm_forward_kernel(const __grid_constant__ Arguments a) {
   using A = typename Accumulator<T>::type;
   const Block<T> b(a);
@@ -1230,14 +1272,17 @@ __global__ void __launch_bounds__(max_threads(kLayout, kMany), kMany ? 1 : 2)
   const Unit<T, kLayout> unit(b);
   const bool exchanges = b.warp < p.exchange_warps;
   Sample<T> sample;  // of the first group; sent for before x itself takes all of memory's time
-  if (exchanges && call.training && unit.set < b.groups) sample = load_sample(a, unit, unit.channel(b, unit.set));
+  if (exchanges && call.training && unit.set < b.groups)
+    sample = load_sample(a, unit, unit.channel(b, unit.set));
   double factor = call.momentum;  // of the new value in the running buffers
-  if (call.cumulative) factor = call.num_batches_tracked ? 1.0 / double(*call.num_batches_tracked + 1) : 0;
+  if (call.cumulative)
+    factor = call.num_batches_tracked ? 1.0 / double(*call.num_batches_tracked + 1) : 0;
   const auto grid = cooperative_groups::this_grid();
   unsigned arrival = 0;
   if (p.team_kind == kGridTeam) {
     auto* const slots = reinterpret_cast<SumSlot<A>*>(a.scratch);
-    const int64_t count = p.groups * b.layout.group_bytes / sizeof(SumSlot<A>), step = int64_t(gridDim.x) * blockDim.x;
+    const int64_t count = p.groups * b.layout.group_bytes / sizeof(SumSlot<A>),
+                  step = int64_t(gridDim.x) * blockDim.x;
 #pragma unroll 1
     for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step)
       st_relaxed(&slots[i], SumSlot<A>{0, 0});
@@ -1246,7 +1291,8 @@ __global__ void __launch_bounds__(max_threads(kLayout, kMany), kMany ? 1 : 2)
   // What all warps wait for between their first loads and their first sums.
   const auto start = [&] {
     __syncwarp();
-    if (p.team_kind == kClusterTeam) barrier_cluster_wait();  // peers are there, with their mbarriers
+    if (p.team_kind == kClusterTeam)
+      barrier_cluster_wait();      // peers are there, with their mbarriers
     if (p.team_kind == kGridTeam)  // no scratch is zeroed any more, the counter has been read
       grid.barrier_wait(std::move(arrival));
     __syncthreads();  // mbarriers and the first pivots are there
@@ -1263,8 +1309,9 @@ __global__ void __launch_bounds__(max_threads(kLayout, kMany), kMany ? 1 : 2)
 // The plan: shape and device in, launch configuration out
 // -------------------------------------------------------------------------------------------------
 struct Device {
-  int multiprocessors, shared_bytes, reserved_bytes;  // of shared memory, a block's; its cost besides
-  int architecture;  // what the kernel was compiled for: 10·major + minor
+  int multiprocessors, shared_bytes,
+      reserved_bytes;  // of shared memory, a block's; its cost besides
+  int architecture;    // what the kernel was compiled for: 10·major + minor
   cudaError_t error;
 
   Device() {
@@ -1287,13 +1334,16 @@ struct Device {
 // What a block moves and waits for (measured on an H100 and an H200).
 constexpr int64_t kRoundBytes = 4 * 1024;   // what a group costs beside its bytes
 constexpr int64_t kAloneBytes = 32 * 1024;  // of a group that a block takes alone
-constexpr int64_t kEvalBytes = 28 * 1024;   // of a block in eval mode, where no block waits for another
+constexpr int64_t kEvalBytes =
+    28 * 1024;  // of a block in eval mode, where no block waits for another
 constexpr int64_t kBlockBytes = 72 * 1024;  // of a block where there are clusters: three fit
-constexpr int64_t kBytesPerCycle = 16;      // that memory brings a multiprocessor, beside what it writes
-constexpr int64_t kStaggerCycles = 5200;    // that reading x takes at least where blocks are staggered
-constexpr int kSmallRows = 14;              // of a thread, if the block has not too many threads;
-constexpr int kPixelRows = 4;               // of the smallest channels-last groups
-constexpr int kMoreRows = 18;               // where fewer threads let all blocks be there at once
+constexpr int64_t kBytesPerCycle =
+    16;  // that memory brings a multiprocessor, beside what it writes
+constexpr int64_t kStaggerCycles =
+    5200;                       // that reading x takes at least where blocks are staggered
+constexpr int kSmallRows = 14;  // of a thread, if the block has not too many threads;
+constexpr int kPixelRows = 4;   // of the smallest channels-last groups
+constexpr int kMoreRows = 18;   // where fewer threads let all blocks be there at once
 
 FastDivmod fast_divmod(int64_t divisor) {
   unsigned shift = 0;
@@ -1305,7 +1355,8 @@ FastDivmod fast_divmod(int64_t divisor) {
 // A group of one channel.
 Plan planes(const FusedBatchNormCall& call, int size, bool masked) {
   Plan p = {};
-  const int64_t width = std::max<int64_t>(masked ? (call.HW + size - 2) / size + 1 : call.HW / size, 1);
+  const int64_t width =
+      std::max<int64_t>(masked ? (call.HW + size - 2) / size + 1 : call.HW / size, 1);
   p.layout = masked ? kMaskedPlanes : kPlanes;
   p.channels = 1;
   p.groups = int(call.C);
@@ -1318,9 +1369,12 @@ Plan planes(const FusedBatchNormCall& call, int size, bool masked) {
 
 // A group of channels whose planes together are whole vectors.
 std::optional<Plan> packed_planes(const FusedBatchNormCall& call, int size) {
-  const int64_t channels = size / std::gcd<int64_t>(call.HW, size), width = call.HW * channels / size;
+  const int64_t channels = size / std::gcd<int64_t>(call.HW, size),
+                width = call.HW * channels / size;
   const bool aligned = reinterpret_cast<uintptr_t>(call.x) % kVectorBytes == 0;
-  if (channels == 1 || size == 2 || !aligned || call.C == 0 || call.C % channels || call.HW < size - 1 || width > max_threads(kPackedPlanes, false) - 32) return {};
+  if (channels == 1 || size == 2 || !aligned || call.C == 0 || call.C % channels ||
+      call.HW < size - 1 || width > max_threads(kPackedPlanes, false, true) - 32)
+    return {};
   Plan p = planes(call, size, false);
   p.layout = kPackedPlanes;
   p.channels = int(channels);
@@ -1344,7 +1398,7 @@ Plan pixels(const FusedBatchNormCall& call, int size, int channels) {
     p.channels = int(C);
     p.pixel = p.width = fast_divmod(p.row_stride);
     p.vectors = unsigned(ceil_div(pixels * C + size - 1, p.pixels * C)) * p.row_stride;
-  } else {  // each pixel's part of a row has vectors of its own; the first and last hold other channels too
+  } else {  // each pixel has vectors of its own; the first and last may hold other channels too
     p.channels = int(std::min<int64_t>(channels, (C + size - 1) / size * size));
     const int pixel = p.channels / size + (p.pixels > 1 || !aligned);
     p.pixel = fast_divmod(pixel);
@@ -1361,47 +1415,60 @@ struct Planner {
   const Device& device;
   const int size, accumulator_bytes;
   const int64_t multiprocessor_bytes = device.shared_bytes + device.reserved_bytes;
+  const bool lean = is_lean(device.architecture);
 
   // All blocks must read the counter before it counts: a launch in which they wait for each other.
   bool counts_batches() const { return call.cumulative && call.num_batches_tracked; }
   SharedLayout layout(const Plan& p) const { return SharedLayout(p, accumulator_bytes, size); }
-  int worker_threads(const Plan& p, bool many = false) const { return max_threads(p.layout, many) - 32 * p.exchange_warps; }
+  int worker_threads(const Plan& p, bool many = false) const {
+    return max_threads(p.layout, many, lean) - 32 * p.exchange_warps;
+  }
   int64_t blocks(const Plan& p) const { return int64_t(p.teams) * p.team.divisor; }
   // Blocks that a multiprocessor has room for, at least; and all of them.
   int resident(const Plan& p) const {
-    return int(std::min<int64_t>({multiprocessor_bytes / (p.shared_bytes + device.reserved_bytes), 2 * max_threads(p.layout, false) / block_threads(p), 32}));
+    return int(std::min<int64_t>({multiprocessor_bytes / (p.shared_bytes + device.reserved_bytes),
+                                  2 * max_threads(p.layout, false, lean) / block_threads(p), 32}));
   }
   int64_t at_once(const Plan& p) const { return int64_t(resident(p)) * device.multiprocessors; }
-  // Threads are a multiple of this: whole warps, or whole rows, so that a thread stays in its column.
-  int grain(const Plan& p) const { return !has_columns(p.layout) || 32 % p.width.divisor == 0 ? 32 : p.width.divisor; }
-  int block_threads(const Plan& p) const { return 32 * (p.exchange_warps + ceil_div(p.threads, 32)); }
+  // Threads are a multiple of this: whole warps, or whole rows, so that each stays in its column.
+  int grain(const Plan& p) const {
+    return !has_columns(p.layout) || 32 % p.width.divisor == 0 ? 32 : p.width.divisor;
+  }
+  int block_threads(const Plan& p) const {
+    return 32 * (p.exchange_warps + ceil_div(p.threads, 32));
+  }
 
-  // Rows go to the blocks of a team in turn, where those keep pace with each other; else each has its
-  // rows side by side.
+  // Rows go to the blocks of a team in turn, where those keep pace with each other; else each has
+  // its rows side by side.
   void deal(Plan& p, bool in_turn) const {
     p.share = in_turn ? p.threads : p.rows * p.threads;
     p.step = fast_divmod(in_turn ? int64_t(p.team.divisor) * p.threads : p.threads);
   }
 
-  // The plan with a block's threads and rows, for a team of so many blocks, of which so many fit on a
-  // multiprocessor; rows: of a thread, at first. None if that does not fit.
-  std::optional<Plan> with_block(Plan p, TeamKind kind, int64_t team, int stages, int lag, int blocks, int rows) const {
+  // The plan with a block's threads and rows, for a team of so many blocks, of which so many fit on
+  // a multiprocessor; rows: of a thread, at first. None if that does not fit.
+  std::optional<Plan> with_block(Plan p, TeamKind kind, int64_t team, int stages, int lag,
+                                 int blocks, int rows) const {
     p.team_kind = kind;
     p.team = fast_divmod(team);
-    p.teams = int(std::max<int64_t>(kind == kGridTeam ? std::min<int64_t>(blocks * device.multiprocessors / team, p.groups) : p.groups, 1));
+    p.teams = int(std::max<int64_t>(
+        kind == kGridTeam ? std::min<int64_t>(blocks * device.multiprocessors / team, p.groups)
+                          : p.groups,
+        1));
     p.rounds = ceil_div(p.groups, p.teams);
     p.stages = stages;
     p.lag = lag;
     p.exchange_warps = layout(p).units * (lag + 1);
     const int thread_grain = grain(p), most = worker_threads(p) / thread_grain * thread_grain;
     const int64_t share = std::max(ceil_div(p.vectors, team), 1);
-    p.threads = int(std::min<int64_t>(ceil_div(share, int64_t(rows) * thread_grain) * int64_t(thread_grain), most));
+    p.threads = int(std::min<int64_t>(
+        ceil_div(share, int64_t(rows) * thread_grain) * int64_t(thread_grain), most));
     if (p.threads == 0) return {};
     rows = ceil_div(share, p.threads);
     p.threads = ceil_div(share, int64_t(rows) * thread_grain) * thread_grain;
     rows = p.rows = ceil_div(p.vectors, team * p.threads);
     deal(p, stages > 1);
-    p.reg_rows = stages == 1 ? std::min(rows, register_rows(p.layout, size, false)) : 0;
+    p.reg_rows = stages == 1 ? std::min(rows, register_rows(p.layout, size, false, lean)) : 0;
     p.smem_rows = rows - p.reg_rows;
     if (int64_t(p.stages) * p.smem_rows * p.threads * kVectorBytes > device.shared_bytes) return {};
     p.shared_bytes = layout(p).bytes;
@@ -1410,17 +1477,21 @@ struct Planner {
     return p;
   }
 
-  // Blocks of one multiprocessor start one after the other: in step, all would load, then all store,
-  // and memory would rest in between. Each waits until memory has had the time to read what those
-  // before it wait for. Not where memory reads all of x in little more time than the last block then
-  // sums and stores.
+  // Blocks of one multiprocessor start one after the other: in step, all would load, then all
+  // store, and memory would rest in between. Each waits until memory has had the time to read what
+  // those before it wait for. Not where memory reads all of x in little more time than the last
+  // block then sums and stores.
   Plan staggered(Plan p) const {
     const int64_t block_bytes = int64_t(p.rows) * p.threads * kVectorBytes;
     const int turns = resident(p);
-    // No block more at once than turns, else those that come in later waves would start out of turn.
+    // No block more at once than turns, else those that come later would start out of turn.
     if (blocks(p) > at_once(p))
-      p.shared_bytes = int(std::max<int64_t>(p.shared_bytes, std::min<int64_t>(multiprocessor_bytes / 2 - device.reserved_bytes, multiprocessor_bytes / (turns + 1) - device.reserved_bytes + 16)));
-    if (blocks(p) * block_bytes / (kBytesPerCycle * device.multiprocessors) < kStaggerCycles) return p;
+      p.shared_bytes = int(std::max<int64_t>(
+          p.shared_bytes,
+          std::min<int64_t>(multiprocessor_bytes / 2 - device.reserved_bytes,
+                            multiprocessor_bytes / (turns + 1) - device.reserved_bytes + 16)));
+    if (blocks(p) * block_bytes / (kBytesPerCycle * device.multiprocessors) < kStaggerCycles)
+      return p;
     p.stagger_turns = turns;
     p.stagger_cycles = int(block_bytes / kBytesPerCycle);
     return p;
@@ -1430,10 +1501,13 @@ struct Planner {
   Plan eval(const Plan& group) const {
     const int64_t bytes = int64_t(group.vectors) * kVectorBytes;
     for (int64_t block = std::min(kEvalBytes, multiprocessor_bytes / 4);; block /= 2)
-      if (const auto p = with_block(group, kBlockTeam, std::max(ceil_div(bytes, block), 1), 1, 0, 2, kSmallRows)) return *p;
+      if (const auto p = with_block(group, kBlockTeam, std::max(ceil_div(bytes, block), 1), 1, 0, 2,
+                                    kSmallRows))
+        return *p;
   }
 
-  // The same for a team with one group: with fewer threads where all blocks are there at once only then.
+  // The same for a team with one group: with fewer threads where only then all blocks are there at
+  // once.
   std::optional<Plan> with_small_block(const Plan& group, TeamKind kind, int64_t team) const {
     std::optional<Plan> best;
     for (const int rows : {kSmallRows, kMoreRows}) {
@@ -1453,27 +1527,35 @@ struct Planner {
   // One group a block or a team, all of it on the chip, several blocks on a multiprocessor.
   std::optional<Plan> small(const Plan& group) const {
     const int most_cluster = device.architecture >= 90 ? kMaxCluster : 1;
-    const int64_t bytes = int64_t(group.vectors) * kVectorBytes, slots = 2 * device.multiprocessors, groups = std::max(group.groups, 1);
+    const int64_t bytes = int64_t(group.vectors) * kVectorBytes, slots = 2 * device.multiprocessors,
+                  groups = std::max(group.groups, 1);
     if (counts_batches()) return {};
-    // One block, where groups are small, or so many that each multiprocessor has three; without clusters, every other one.
-    const bool many = most_cluster > 1 ? 2 * groups >= 3 * slots && bytes <= kBlockBytes : 4 * groups >= slots;
+    // One block, where groups are small, or so many that each multiprocessor has three; without
+    // clusters, every other one.
+    const bool many =
+        most_cluster > 1 ? 2 * groups >= 3 * slots && bytes <= kBlockBytes : 4 * groups >= slots;
     if (bytes <= kAloneBytes || many)
       if (const auto p = with_small_block(group, kBlockTeam, 1)) return staggered(*p);
-    // All groups at once, by blocks that are all there at once, where clusters would be too few: the fewer the sooner together.
+    // All groups at once, by blocks that are all there at once, where clusters would be too few:
+    // the fewer the sooner together.
     if (groups * most_cluster < device.multiprocessors || most_cluster == 1)
       for (const int64_t blocks : {slots / 2, slots})
-        if (const int64_t team = std::min(blocks / groups, bytes / kRoundBytes); team > 1 && team <= 64)
+        if (const int64_t team = std::min(blocks / groups, bytes / kRoundBytes);
+            team > 1 && team <= 64)
           if (const auto p = with_small_block(group, kGridTeam, team)) return p;
     // Blocks of a cluster, which are there at once too; in the largest one, as large as fits.
     for (int cluster = 2; cluster <= most_cluster && cluster <= slots; cluster *= 2)
-      if (cluster == most_cluster || (bytes <= cluster * kBlockBytes && 4 * groups * cluster >= 3 * slots))
+      if (cluster == most_cluster ||
+          (bytes <= cluster * kBlockBytes && 4 * groups * cluster >= 3 * slots))
         if (const auto p = with_small_block(group, kClusterTeam, cluster)) return staggered(*p);
     return {};
   }
 
-  // Groups come one after the other to teams of blocks that stay, several of them under way in each:
-  // as many blocks in a team as bring all groups through soonest, by what a multiprocessor moves.
-  std::optional<Plan> middle(const Plan& group, std::initializer_list<std::pair<int, int>> stages_and_lag) const {
+  // Groups come one after the other to teams of blocks that stay, several of them under way in
+  // each: as many blocks in a team as bring all groups through soonest, by what a multiprocessor
+  // moves.
+  std::optional<Plan> middle(const Plan& group,
+                             std::initializer_list<std::pair<int, int>> stages_and_lag) const {
     std::optional<Plan> best;
     int64_t best_cost = INT64_MAX;
     for (const int blocks : {2, 1}) {
@@ -1481,11 +1563,13 @@ struct Planner {
       for (const auto& [stages, lag] : stages_and_lag) {
         for (int teams = 1; teams <= std::min(slots, std::max(group.groups, 1)); ++teams) {
           const int team = std::min(slots / teams, std::max(int(group.vectors / 256), 1));
-          const int rows = std::max(ceil_div(ceil_div(group.vectors, team), blocks == 2 ? 256 : 448), 4);
+          const int rows =
+              std::max(ceil_div(ceil_div(group.vectors, team), blocks == 2 ? 256 : 448), 4);
           const auto p = with_block(group, kGridTeam, team, stages, lag, blocks, rows);
           if (!p) continue;
           const int64_t bytes = int64_t(p->rows) * p->threads * kVectorBytes * blocks + kRoundBytes;
-          const int64_t cost = p->rounds * bytes * (lag == 1 ? 102 : 100);
+          // Two groups on their way hide less; a block alone has its phases one after the other.
+          const int64_t cost = p->rounds * bytes * ((lag == 1 ? 102 : 100) + (blocks == 1));
           if (cost < best_cost) {
             best_cost = cost;
             best = p;
@@ -1500,7 +1584,8 @@ struct Planner {
   Plan large(const Plan& group, bool many_rows) const {
     Plan p = group;
     const int blocks = p.layout == kPixels ? 2 : 1;
-    const int team = std::min<int>(blocks * device.multiprocessors, std::max(int(group.vectors / 64), 1));
+    const int team =
+        std::min<int>(blocks * device.multiprocessors, std::max(int(group.vectors / 64), 1));
     p.team_kind = kGridTeam;
     p.team = fast_divmod(team);
     p.teams = std::max(std::min(blocks * device.multiprocessors / team, p.groups), 1);
@@ -1510,11 +1595,12 @@ struct Planner {
     const bool many = many_rows && p.layout != kPixels;
     const int share = std::max(ceil_div(p.vectors, team), 1), thread_grain = grain(p);
     const int64_t bytes = multiprocessor_bytes / blocks - device.reserved_bytes;
-    p.threads = std::min(ceil_div(share, thread_grain), worker_threads(p, many) / thread_grain) * thread_grain;
+    p.threads = std::min(ceil_div(share, thread_grain), worker_threads(p, many) / thread_grain) *
+                thread_grain;
     for (;; p.threads -= thread_grain) {  // else there is no room for their sums
       p.rows = ceil_div(p.vectors, int64_t(team) * p.threads);
       deal(p, true);
-      p.reg_rows = std::min(p.rows, register_rows(p.layout, size, many));
+      p.reg_rows = std::min(p.rows, register_rows(p.layout, size, many, lean));
       p.smem_rows = 0;
       p.shared_bytes = layout(p).bytes;
       if (p.shared_bytes <= bytes || p.threads == thread_grain) break;
@@ -1528,7 +1614,8 @@ struct Planner {
 };
 
 // `many_rows`: the type has a kernel with many rows in registers.
-Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, int accumulator_bytes, bool masked, bool many_rows) {
+Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size,
+               int accumulator_bytes, bool masked, bool many_rows) {
   const Planner planner{call, device, size, accumulator_bytes};
   if (call.channels_last && call.C > 0) {
     const int line = kLineBytes * size / kVectorBytes;  // channels of a line of L2
@@ -1554,26 +1641,41 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, i
 // -------------------------------------------------------------------------------------------------
 // Launch
 // -------------------------------------------------------------------------------------------------
-// Calls use(kernel, its arguments without scratch) for the kernel that suits the call. Returns null, or what went wrong.
+// Calls use(kernel, its arguments without scratch) for the kernel that suits the call. Returns
+// null, or what went wrong.
 template <typename T, typename Use>
 const char* with_kernel(const FusedBatchNormCall& call, Use use) {
   constexpr int kSize = Vector<T>::kSize;
-  constexpr bool kDouble = sizeof(T) == 8;  // fewer kernels to compile: masks are right for all planes
+  constexpr bool kDouble =
+      sizeof(T) == 8;  // fewer kernels to compile: masks are right for all planes
   const Device device;
   if (device.error) return cudaGetErrorString(device.error);
-  const bool masked = kDouble || call.HW % kSize != 0 || reinterpret_cast<uintptr_t>(call.x) % kVectorBytes != 0;
+  const bool masked =
+      kDouble || call.HW % kSize != 0 || reinterpret_cast<uintptr_t>(call.x) % kVectorBytes != 0;
   constexpr int kAccumulatorBytes = sizeof(typename Accumulator<T>::type);
-  const Plan plan = make_plan(call, device, kSize, kAccumulatorBytes, masked, sizeof(T) == 4 || !masked);
+  const Plan plan =
+      make_plan(call, device, kSize, kAccumulatorBytes, masked, sizeof(T) == 4 || !masked);
   const int shift = int(reinterpret_cast<uintptr_t>(call.x) % kVectorBytes / sizeof(T));
   const unsigned whole = unsigned((call.N * call.C * call.HW + shift) / kSize);
   const double count = double(call.N) * double(call.HW);
-  const Arguments a{call, plan, SharedLayout(plan, kAccumulatorBytes, kSize), static_cast<const T*>(call.x) - shift,
-                    static_cast<T*>(call.y) - shift, nullptr, shift, whole,
-                    uint64_t(call.C * call.HW), int(call.HW - (int64_t(plan.width.divisor) - 2) * kSize), 1 / count, 1 / (count - 1)};
-  const bool many = plan.reg_rows > register_rows(plan.layout, kSize, false);
+  const Arguments a{call,
+                    plan,
+                    SharedLayout(plan, kAccumulatorBytes, kSize),
+                    static_cast<const T*>(call.x) - shift,
+                    static_cast<T*>(call.y) - shift,
+                    nullptr,
+                    shift,
+                    whole,
+                    uint64_t(call.C * call.HW),
+                    int(call.HW - (int64_t(plan.width.divisor) - 2) * kSize),
+                    1 / count,
+                    1 / (count - 1)};
+  const bool many =
+      plan.reg_rows > register_rows(plan.layout, kSize, false, is_lean(device.architecture));
   if (plan.layout == kPixels) return use(fused_batch_norm_forward_kernel<T, kPixels, false>, a);
   if constexpr (!kDouble) {
-    if (plan.layout == kPackedPlanes) return use(fused_batch_norm_forward_kernel<T, kPackedPlanes, false>, a);
+    if (plan.layout == kPackedPlanes)
+      return use(fused_batch_norm_forward_kernel<T, kPackedPlanes, false>, a);
     if (plan.layout == kPlanes)
       return many ? use(fused_batch_norm_forward_kernel<T, kPlanes, true>, a)
                   : use(fused_batch_norm_forward_kernel<T, kPlanes, false>, a);
@@ -1586,24 +1688,33 @@ const char* with_kernel(const FusedBatchNormCall& call, Use use) {
 template <typename Use>
 const char* with_type(const FusedBatchNormCall& call, Use use) {
   switch (call.dtype) {
-    case 0: return with_kernel<float>(call, use);
-    case 1: return with_kernel<__half>(call, use);
-    case 2: return with_kernel<__nv_bfloat16>(call, use);
-    default: return with_kernel<double>(call, use);
+    case 0:
+      return with_kernel<float>(call, use);
+    case 1:
+      return with_kernel<__half>(call, use);
+    case 2:
+      return with_kernel<__nv_bfloat16>(call, use);
+    default:
+      return with_kernel<double>(call, use);
   }
 }
 
 }  // namespace
 
-extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call, void* (*allocate)(size_t bytes, void* context), void* context, void* stream) {
+extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call,
+                                               void* (*allocate)(size_t bytes, void* context),
+                                               void* context, void* stream) {
   return with_type(*call, [&](auto kernel, Arguments arguments) -> const char* {
     const Plan& plan = arguments.plan;
     const size_t scratch_bytes = size_t(plan.groups) * arguments.layout.group_bytes;
-    if (scratch_bytes > 0) arguments.scratch = static_cast<unsigned char*>(allocate(scratch_bytes, context));
-    constexpr int kUnasked = 48 * 1024;  // bytes of shared memory that a block gets without being asked for
+    if (scratch_bytes > 0)
+      arguments.scratch = static_cast<unsigned char*>(allocate(scratch_bytes, context));
+    constexpr int kUnasked =
+        48 * 1024;  // bytes of shared memory that a block gets without being asked for
     cudaError_t error = cudaSuccess;
     if (plan.shared_bytes > kUnasked)
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   plan.shared_bytes);
     if (error) return cudaGetErrorString(error);
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeCooperative;
@@ -1623,14 +1734,43 @@ extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call, v
   });
 }
 
-extern "C" const char* fused_batch_norm_describe(const FusedBatchNormCall* call, char* text, size_t text_bytes) {
+extern "C" const char* fused_batch_norm_describe(const FusedBatchNormCall* call, char* text,
+                                                 size_t text_bytes) {
   return with_type(*call, [&](auto, const Arguments& a) -> const char* {
     const Plan& p = a.plan;
-    snprintf(text, text_bytes,
-             "layout=%d channels=%d groups=%d vectors=%u width=%u row_stride=%u group_stride=%u pixel=%u pixels=%d team_kind=%d team=%u teams=%d rounds=%d threads=%d "
-             "exchange_warps=%d stages=%d lag=%d rows=%d reg_rows=%d smem_rows=%d shared_bytes=%d stagger=%u stagger_turns=%d stagger_cycles=%d",
-             p.layout, p.channels, p.groups, p.vectors, p.width.divisor, p.row_stride, p.group_stride, p.pixel.divisor, p.pixels, p.team_kind, p.team.divisor,
-             p.teams, p.rounds, p.threads, p.exchange_warps, p.stages, p.lag, p.rows, p.reg_rows, p.smem_rows, p.shared_bytes, p.stagger.divisor, p.stagger_turns, p.stagger_cycles);
+    const std::pair<const char*, int64_t> fields[] = {
+        {"layout", p.layout},
+        {"channels", p.channels},
+        {"groups", p.groups},
+        {"vectors", p.vectors},
+        {"width", p.width.divisor},
+        {"row_stride", p.row_stride},
+        {"group_stride", p.group_stride},
+        {"pixel", p.pixel.divisor},
+        {"pixels", p.pixels},
+        {"team_kind", p.team_kind},
+        {"team", p.team.divisor},
+        {"teams", p.teams},
+        {"rounds", p.rounds},
+        {"threads", p.threads},
+        {"exchange_warps", p.exchange_warps},
+        {"stages", p.stages},
+        {"lag", p.lag},
+        {"share", p.share},
+        {"step", p.step.divisor},
+        {"rows", p.rows},
+        {"reg_rows", p.reg_rows},
+        {"smem_rows", p.smem_rows},
+        {"shared_bytes", p.shared_bytes},
+        {"stagger", p.stagger.divisor},
+        {"stagger_turns", p.stagger_turns},
+        {"stagger_cycles", p.stagger_cycles},
+    };
+    for (const auto& [name, value] : fields) {
+      const int written = snprintf(text, text_bytes, "%s=%lld ", name, (long long)value);
+      text += written;
+      text_bytes -= written;
+    }
     return nullptr;
   });
 }
@@ -1685,8 +1825,7 @@ string must(const string& argument, const string& requirement, const string& got
 }
 
 string show(const MaybeTensor& t) {
-  if (!t)
-    return "None";
+  if (!t) return "None";
   string sizes;
   for (const SymInt& size : t->sym_sizes())
     sizes += (sizes.empty() ? "" : ", ") + std::to_string(size.guard_int(__FILE__, __LINE__));
@@ -1750,8 +1889,7 @@ Tensor allocate(c10::SymIntArrayRef sizes, ScalarType type, const Tensor& like,
 // nobody change a view that a custom operator returns.
 Tensor allocate_y(const Tensor& x, const SymInt& shift) {
   const auto format = x.suggest_memory_format();
-  if (shift == 0)
-    return allocate(x.sym_sizes(), x.scalar_type(), x, format);
+  if (shift == 0) return allocate(x.sym_sizes(), x.scalar_type(), x, format);
   Tensor y = allocate({x.sym_numel() + shift}, x.scalar_type(), x);
   auto* impl = y.unsafeGetTensorImpl();
   impl->generic_set_sizes_contiguous(x.sym_sizes());
@@ -1774,15 +1912,15 @@ Outputs run(PARAMETERS) {
   const SymInt saved = training ? x.sym_size(1) : SymInt(0);
   const Outputs outputs{allocate_y(x, shift), allocate({2, saved}, wide, x)};
   const auto& [y, statistics] = outputs;
-  if (x.is_meta())
-    return outputs;
+  if (x.is_meta()) return outputs;
 
   const int64_t N = x.size(0), C = x.size(1), HW = x.size(2) * x.size(3);
   const bool channels_last =
       HW == 1 || (!x.is_contiguous() && x.is_contiguous(c10::MemoryFormat::ChannelsLast));
-  // The kernel numbers 16-byte vectors: those of x in 32 bits; in 31 bits those of a group of channels,
-  // in each plane, or in each pixel's 256 bytes, with two more for the edges.
-  const int64_t item = x.element_size(), row = channels_last ? std::min<int64_t>(C * item, 256) : HW * item;
+  // The kernel numbers 16-byte vectors: those of x in 32 bits; in 31 bits those of a group of
+  // channels, in each plane, or in each pixel's 256 bytes, with two more for the edges.
+  const int64_t item = x.element_size(),
+                row = channels_last ? std::min<int64_t>(C * item, 256) : HW * item;
   const int64_t rows = channels_last ? N * HW : N;
   TORCH_CHECK(rows * (row / kVectorBytes + 2) < (int64_t(1) << 31) - (1 << 20) &&
                   x.numel() * item / kVectorBytes < (int64_t(1) << 32) - 2,
@@ -1831,10 +1969,8 @@ Outputs run(PARAMETERS) {
   TORCH_CHECK(!error, must("fused_batch_norm_forward_kernel", "run for x " + show(x),
                            string("CUDA error: ") + error));
   for (const auto* buffer : {&running_mean, &running_var, &num_batches_tracked})
-    if (training && *buffer)
-      (*buffer)->unsafeGetTensorImpl()->bump_version();
-  if (!direct)
-    y.copy_(y_dense);
+    if (training && *buffer) (*buffer)->unsafeGetTensorImpl()->bump_version();
+  if (!direct) y.copy_(y_dense);
   return outputs;
 }
 
@@ -1852,8 +1988,7 @@ Outputs dispatch(PARAMETERS) {
   };
   static const auto to_train = find(NAMESPACE "::train").typed<decltype(run)>();
   static const auto to_eval = find(NAMESPACE "::eval").typed<decltype(eval<run>)>();
-  if (training)
-    return to_train.call(ARGUMENTS);
+  if (training) return to_train.call(ARGUMENTS);
   return {to_eval.call(x, gamma, beta, eps, running_mean, running_var), Tensor()};
 }
 
@@ -1871,21 +2006,17 @@ struct FusedBatchNormBackward final : Node {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& variable : saved)
-      variable.reset_data();
+    for (auto& variable : saved) variable.reset_data();
   }
 
   std::vector<Tensor> apply(std::vector<Tensor>&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     std::array<Tensor, 5> unpacked;
-    for (size_t i = 0; i < saved.size(); ++i)
-      unpacked[i] = saved[i].unpack();
+    for (size_t i = 0; i < saved.size(); ++i) unpacked[i] = saved[i].unpack();
     const auto& [x, gamma, running_mean, running_var, statistics] = unpacked;
-    if (!grads[0].defined())
-      return std::vector<Tensor>(3);
+    if (!grads[0].defined()) return std::vector<Tensor>(3);
     const auto zeros = [](const Tensor& p) { return p.defined() ? at::zeros_like(p) : p; };
-    if (x.sym_numel() == 0)
-      return {zeros(x), zeros(gamma), zeros(gamma)};
+    if (x.sym_numel() == 0) return {zeros(x), zeros(gamma), zeros(gamma)};
     // PyTorch's kernels take all else in float32 whatever x is, but not every mixture.
     const auto wide = x.dtype() == at::kDouble ? at::kDouble : at::kFloat;
     const auto widen = [&](const Tensor& p) { return p.defined() ? p.to(wide) : p; };
@@ -1919,8 +2050,7 @@ Outputs run_with_autograd(PARAMETERS) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return dispatch(ARGUMENTS);
   };
-  if (!compute_requires_grad(x, gamma, beta))
-    return run_below();
+  if (!compute_requires_grad(x, gamma, beta)) return run_below();
   auto* const node = new FusedBatchNormBackward;
   const auto owner = own(node);
   node->set_next_edges(collect_next_edges(x, gamma, beta));
@@ -1936,8 +2066,8 @@ Outputs run_with_autograd(PARAMETERS) {
 }
 
 // The launch plan of a contiguous, aligned x on the current device, as "field=value field=value …".
-string plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bool training,
-            MaybeDouble momentum, bool channels_last) {
+string plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bool training, MaybeDouble momentum,
+            bool channels_last) {
   int64_t counter;
   FusedBatchNormCall call{};
   call.num_batches_tracked = &counter;
@@ -2044,10 +2174,10 @@ class ModelNew(torch.nn.Module):
         device, dtype: of parameters and buffers.
 
     forward(x): x: (N, C, H, W) float32 | float16 | bfloat16 | float64, CUDA; parameters and buffers
-    of the same type or float32. Returns y like x, in NCHW or channels-last as x (channels-last
-    costs a copy each way). Differentiable by backward. Raises ValueError for x that is not 4-D or
-    has one value per channel in training and for eps that is not positive, RuntimeError for a wrong
-    C, dtype or device.
+    of the same type or float32. Returns y like x, in NCHW or channels-last as x (other strides cost
+    a copy each way). Differentiable by backward. Raises ValueError for x that is not 4-D or has one
+    value per channel in training and for eps that is not positive, RuntimeError for a wrong C,
+    dtype or device.
 
     State dicts load with the names gamma, beta | weight, bias | bn.weight, bn.bias.
 
