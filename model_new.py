@@ -97,7 +97,7 @@ constexpr int kMaxCluster = 8;    // blocks, that any GPU with clusters takes
 using Mbarrier = uint64_t;     // in shared memory
 using CachePolicy = uint64_t;  // what L2 evicts first or last
 
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1000)
 constexpr bool kLean = true;  // as is_lean() says of the architecture
 #else
 constexpr bool kLean = false;
@@ -463,7 +463,7 @@ __host__ __device__ constexpr bool has_columns(Layout layout) { return layout >=
 // in registers; else two blocks share one. Rows of a thread in registers, and threads of a block,
 // exchange warps included: as many as spill nothing where a vector has `size` elements; `lean`: on
 // architectures for which the same code takes more registers.
-constexpr bool is_lean(int architecture) { return architecture < 90 || architecture >= 120; }
+constexpr bool is_lean(int architecture) { return architecture < 90 || architecture >= 100; }
 
 __host__ __device__ constexpr int register_rows(Layout layout, int size, bool many, bool lean) {
   if (many) return !lean ? 16 : layout == kPlanes ? 13 : 9;
