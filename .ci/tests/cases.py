@@ -403,6 +403,8 @@ def random_case(seed: int, gpu: Device | None = None) -> tuple[Case, Device]:
     most_elems = 2 ** (24 if gpu else 17 if large else r.randint(13, 16))
     C = max(1, min(pack * packs, most_elems // (H * W)))
     N = max(1, int(min(share_bytes / dtype.itemsize / pack, most_elems / C) / (H * W)))
+    if r.random() < 0.1:
+        N = min(N, r.randint(1, 4))
     if N * H * W == 1:
         N = 2
     data = r.choice(("mixed", "uniform", "constant", "outlier first", *RANDOM_DATA))
