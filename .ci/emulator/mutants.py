@@ -527,10 +527,6 @@ MUTANTS = [
         ("block_sums", "b.lane < b.layout.partials", "b.lane < b.layout.partials - 1"),
     ),
     (
-        "sums of channels outside the group",
-        ("block_sums", "else if (unit.local < b.p.channels)", "else"),
-    ),
-    (
         "a channel's last column forgotten",
         ("block_sums", "/ kSize + 1 - column", "/ kSize - column"),
     ),
