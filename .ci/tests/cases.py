@@ -213,6 +213,7 @@ MORE_CASES = [
         (1, 146, 13, 27),
         BF16,
         F32,
+        data="uniform",
         layout="channels_last",
     ),
     Case(
@@ -220,6 +221,7 @@ MORE_CASES = [
         (16, 219, 127, 129),
         BF16,
         F32,
+        data="uniform",
         layout="channels_last",
         small=(1, 219, 13, 23),
     ),
