@@ -1582,7 +1582,8 @@ struct Planner {
   }
 
   // One group after the other, each by all blocks; what does not fit on the chip is read again.
-  Plan large(const Plan& group, bool many_rows) const {
+  // None if a row is longer than a block has threads, or their sums do not fit.
+  std::optional<Plan> large(const Plan& group, bool many_rows) const {
     Plan p = group;
     const int blocks = p.layout == kPixels ? 2 : 1;
     const int team =
@@ -1598,6 +1599,7 @@ struct Planner {
     const int64_t bytes = multiprocessor_bytes / blocks - device.reserved_bytes;
     p.threads = std::min(ceil_div(share, thread_grain), worker_threads(p, many) / thread_grain) *
                 thread_grain;
+    if (p.threads == 0) return {};
     for (;; p.threads -= thread_grain) {  // else there is no room for their sums
       p.rows = ceil_div(p.vectors, int64_t(team) * p.threads);
       deal(p, true);
@@ -1606,6 +1608,7 @@ struct Planner {
       p.shared_bytes = layout(p).bytes;
       if (p.shared_bytes <= bytes || p.threads == thread_grain) break;
     }
+    if (p.shared_bytes > bytes) return {};
     const int64_t row_bytes = int64_t(p.threads) * kVectorBytes;
     p.smem_rows = int(std::min<int64_t>(p.rows - p.reg_rows, (bytes - p.shared_bytes) / row_bytes));
     p.shared_bytes = layout(p).bytes;
@@ -1618,14 +1621,15 @@ struct Planner {
 Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size,
                int accumulator_bytes, bool masked, bool many_rows) {
   const Planner planner{call, device, size, accumulator_bytes};
-  if (call.channels_last) {
+  if (call.channels_last && call.C > 0) {
     const int line = kLineBytes * size / kVectorBytes;  // channels of a line of L2
     const Plan narrow = pixels(call, size, line);
     if (!call.training) return planner.eval(narrow);
     if (const auto p = planner.one_block(narrow, kPixelRows)) return *p;
     for (const int channels : {line, 2 * line})
       if (const auto p = planner.middle(pixels(call, size, channels), {{1, 0}})) return *p;
-    return planner.large(pixels(call, size, 2 * line), many_rows);
+    for (int channels = 2 * line;; channels /= 2)
+      if (const auto p = planner.large(pixels(call, size, channels), many_rows)) return *p;
   }
   const Plan group = planes(call, size, masked);
   const auto packed = packed_planes(call, size);
@@ -1634,7 +1638,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size,
     if (const auto p = planner.small(*packed)) return *p;
   if (const auto p = planner.small(group)) return *p;
   if (const auto p = planner.middle(group, {{4, 2}, {3, 1}})) return *p;
-  return planner.large(group, many_rows);
+  return *planner.large(group, many_rows);
 }
 
 // -------------------------------------------------------------------------------------------------

@@ -176,6 +176,7 @@ MORE_CASES = [
     Case("HW a power of two", (8, 16, 1, 1024), small=(3, 4, 1, 128)),
     Case("HW one more than a vector", (8, 16, 1, 1025), small=(3, 4, 1, 129)),
     Case("W = 0", (2, 5, 4, 0)),
+    Case("N = 0, plane 1x1", (0, 5, 1, 1)),
     # Memory layouts.
     Case(
         "channels-last, float16",
@@ -206,6 +207,23 @@ MORE_CASES = [
         (8, 17, 31, 33),
         layout="channels_last_slice",
         small=(3, 17, 5, 5),
+    ),
+    Case(
+        "channels-last, groups too wide for little shared memory",
+        (1, 146, 13, 27),
+        BF16,
+        F32,
+        data="uniform",
+        layout="channels_last",
+    ),
+    Case(
+        "channels-last, rows too long for a block of a lean kernel",
+        (16, 219, 127, 129),
+        BF16,
+        F32,
+        data="uniform",
+        layout="channels_last",
+        small=(1, 219, 13, 23),
     ),
     Case("channels-last, float64", (8, 6, 31, 33), F64, layout="channels_last", small=(3, 6, 5, 5)),
     Case(
@@ -395,16 +413,22 @@ def random_case(seed: int, gpu: Device | None = None) -> tuple[Case, Device]:
     most_elems = 2 ** (24 if gpu else 17 if large else r.randint(13, 16))
     C = max(1, min(pack * packs, most_elems // (H * W)))
     N = max(1, int(min(share_bytes / dtype.itemsize / pack, most_elems / C) / (H * W)))
+    if r.random() < 0.1:
+        N = min(N, r.randint(1, 4))
     if N * H * W == 1:
         N = 2
+    data = r.choice(("mixed", "uniform", "constant", "outlier first", *RANDOM_DATA))
     unaligned = r.choice(("unaligned", *UNALIGNED))
+    layout = r.choice(("contiguous",) * 6 + (*CHANNELS_LAST * 2, *COPIED, unaligned, unaligned))
+    if r.random() < 0.01:
+        N, data, layout = 0, "uniform", "contiguous"
     case = Case(
         f"random {seed}",
         (N, C, H, W),
         dtype,
         params=r.choice((dtype, dtype if dtype == F64 else F32)),  # PyTorch cannot do the mix
-        data=r.choice(("mixed", "uniform", "constant", *RANDOM_DATA)),
-        layout=r.choice(("contiguous",) * 6 + (*CHANNELS_LAST * 2, *COPIED, unaligned, unaligned)),
+        data=data,
+        layout=layout,
         training=r.random() < 0.8,
         steps=r.choice((1, 1, 2)),
         settings=(
