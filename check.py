@@ -282,10 +282,10 @@ class Target:
     def model(self, *args, **settings) -> nn.Module:
         return self.names["ModelNew"](*args, device=self.device, **settings)
 
-    def plan(self, shape, dtype, training=True, momentum: float | None = 0.1) -> dict[str, int]:
+    def plan(self, shape, dtype, training=True, momentum=0.1, channels_last=False) -> dict:
         N, C, H, W = shape
-        module = self.names["_fused_batch_norm"]
-        text = module.fused_batch_norm_plan(N, C, H * W, dtype, training, momentum)
+        plan = self.names["_fused_batch_norm"].fused_batch_norm_plan
+        text = plan(N, C, H * W, dtype, training, momentum, channels_last)
         return {key: int(value) for key, value in (word.split("=") for word in text.split())}
 
 
@@ -403,7 +403,7 @@ def show_plan(target: Target, xs: list[timing.Row]) -> int:
     reasons = {name.strip(): reason for names, reason in fields for name in names.split(",")}
     for x in xs:
         print(f"plan of {x}; bytes needed, x read and y written once each: {2 * x.nbytes:,}")
-        for key, value in target.plan(x.shape, x.dtype).items():
+        for key, value in target.plan(x.shape, x.dtype, channels_last=x.channels_last).items():
             print(f"  {key:20} {value:<16,} {reasons.get(key, '')}".rstrip())
     return 0
 
@@ -432,13 +432,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--readme", action="store_true", help="measure everything, write the tables of README.md")
     given, cuda = parser.parse_args(), torch.cuda.is_available()
     used = [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value]
-    given.xs = [timing.Row(s, DTYPES[given.dtype or "float32"]) for s in given.shape + given.plan]
+    like = DTYPES[given.dtype or "float32"], given.channels_last
+    given.xs = [timing.Row(shape, *like) for shape in given.shape + given.plan]
     gpu_bytes = torch.cuda.mem_get_info()[1] if cuda else 288 << 30  # none has more
-    if given.plan and not {*used} <= {"--plan", "--dtype"}:
-        parser.error(f"--plan goes with --dtype only, got {' '.join(used)}")
+    if given.plan and not {*used} <= {"--plan", "--dtype", "--channels-last"}:
+        parser.error(f"--plan goes with --dtype and --channels-last, got {' '.join(used)}")
     if given.readme and used != ["--readme"]:
         parser.error(f"--readme goes with no other option, got {' '.join(used)}")
-    if not cuda and not {*used} <= {"--plan", "--dtype"}:
+    if not cuda and not given.plan and not {*used} <= {"--dtype"}:
         parser.error(f"{' '.join(used)} must have a CUDA device, got none")
     for x in given.xs:
         if 2 * x.nbytes > gpu_bytes:

@@ -1,27 +1,25 @@
-"""Batch normalisation of an NCHW tensor, forward, as one fused CUDA kernel in one launch.
+"""Batch normalisation, forward, as one fused CUDA kernel in one launch.
 
-    y = gamma · (x − mean) / √(var + eps) + beta        mean, biased var: per channel, over N, H and W
+    y = gamma · (x − mean) / √(var + eps) + beta     mean, biased var: per channel, over N, H and W
 
-x is read from memory once and y is written once, as a copy would do: between the sweep that sums and the
-sweep that writes, a channel's data stays on the chip.
+x (NCHW or channels-last) is read from memory once and y is written once, as a copy would do: a
+team of blocks keeps a group of channels on the chip from the sums to the store.
 
-Few channels at a time are under way, and a channel is shared by a team of blocks. make_plan() in the CUDA text chooses,
-from shape and device, one of these structures of the one kernel, and the sizes in it:
+    worker warps                                        exchange warps
+      load the first groups
+      for each group i of this team:                      for each group i:
+        sum group i + lag ── partial sums, "summed" ──────► wait for the block's sums of i
+                                                            the team's: nothing | messages in a
+                                                            cluster | slots in memory
+        wait for the result of i ◄───────── "ready" ─────── mean, inv_std, result
+        store group i, and refill each of its               running buffers
+        places with group i + stages                        pivots of a group to come
 
-    resident   a block's share of a channel fits into registers and half of a multiprocessor's shared memory: each thread loads
-               vectors of its own, sums them, waits for the team, and stores them normalised. Blocks overlap each other's phases.
-    packed     the same where planes do not end with a 16-byte vector (7×7, say), on a few channels side by side that do.
-    ring       one block per multiprocessor takes channel after channel, as tiles:
-
-               producer ──► ring of tiles in shared memory ──► store ──► y
-                                │                              ▲
-                                └──► statistics ──► exchange ──┘
-                                     (sums)         (with the team's other blocks: mean, inv_std)
-
-               Each arrow is a few warps that run on their own, held together by barriers per tile and per channel, so the
-               next channels' tiles already come in while this one's sums travel.
-    hold       the same for what the ring cannot hold: part of it stays in registers (`held`), part is read a second time
-               (`streamed`).
+Each thread owns vectors of its block's share, in places of its own: the first rows in registers,
+the next in shared memory, the rest is read again. Places are private, so no barrier guards them.
+A group is one channel; or the few whose odd planes are whole vectors together; or, channels-last,
+neighbouring channels, each element of a vector another one. make_plan() in the CUDA text chooses
+the group, the team, and how many rows and groups under way a block has, from shape and device.
 """
 
 import os
@@ -38,8 +36,8 @@ FUSED_BATCH_NORM_CALL = r"""
 
 // One call, as the C++ text hands it to the CUDA text.
 struct FusedBatchNormCall {
-  const void* x;                 // [N, C, HW], dtype
-  void* y;                       // [N, C, HW], dtype; as far from a 16-byte boundary as x
+  const void* x;                 // [N, C, HW] or [N, HW, C], dtype
+  void* y;                       // the same, dtype; as far from a 16-byte boundary as x
   const void* gamma;             // [C], or null for 1
   const void* beta;              // [C], or null for 0
   void* running_mean;            // [C], or null
@@ -50,319 +48,315 @@ struct FusedBatchNormCall {
   int64_t N, C, HW;
   double eps;
   double momentum;
-  int cumulative;                // momentum is None: the cumulative average
-  int dtype;                     // 0 float, 1 half, 2 bfloat16, 3 double
-  int affine_float;              // gamma and beta are float whatever x is
-  int running_float;             // so are the running buffers
-  int training;                  // 0: normalise with the running buffers
+  int cumulative;     // momentum is None: the cumulative average
+  int dtype;          // 0 float, 1 half, 2 bfloat16, 3 double
+  int affine_float;   // gamma and beta are float whatever x is
+  int running_float;  // so are the running buffers
+  int training;       // 0: normalise with the running buffers
+  int channels_last;  // x and y are [N, HW, C]
 };
 
 // Each returns null, or what went wrong.
-extern "C" const char* fused_batch_norm_launch(
-    const FusedBatchNormCall* call, void* (*allocate)(size_t bytes, void* context), void* context, void* stream);
-extern "C" const char* fused_batch_norm_describe(const FusedBatchNormCall* call, char* text, size_t text_bytes);
+extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call,
+                                               void* (*allocate)(size_t bytes, void* context),
+                                               void* context, void* stream);
+extern "C" const char* fused_batch_norm_describe(const FusedBatchNormCall* call, char* text,
+                                                 size_t text_bytes);
 """
 
 FUSED_BATCH_NORM_CUDA = r"""
+#define _CG_LIMIT_INCLUDED_DEPENDENCIES  // 1.7 s less of headers
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstdio>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <type_traits>
 #include <utility>
 
 namespace {
 
-// ---------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Constants
-// ---------------------------------------------------------------------------------------------
-constexpr int kVectorBytes = 16;      // one access of one thread
-constexpr int kAtOnce = 4;            // vectors that a lane has on their way from shared memory
-constexpr int kLineWords = 8;         // words (below) in a line of L2
-// Resident and packed
-constexpr int kResidentThreads = 512; // at most, in a block of which a multiprocessor takes two
-constexpr int kPackedThreads = 448;   // the same, since two channels a vector take more registers
-constexpr int kResidentVectors = 14;  // of a thread, if the block has not too many
-// Of them in registers, as many as spill nothing, where a vector has `size` elements; the others in shared memory.
-constexpr int resident_held(int size, bool packed) { return packed && size == 8 ? 1 : 3; }
-constexpr int kResidentOverheadBytes = 2048;  // of a block's shared memory, for all but x and the threads' sums
-constexpr int kResidentTeamPerLane = 2;  // blocks of a cooperative launch that one lane listens to: teams of up to 64
-constexpr int kMaxCluster = 8;        // blocks, that any GPU with clusters takes
-constexpr int kMaxPack = 8;           // channels that lie side by side in a packed plane
-// Ring and hold
-constexpr int kRingThreads = 512;     // at most, in a block that has a multiprocessor to itself
-constexpr int kHoldThreads = 384;     // the same where they hold tiles, in 168 registers each
-constexpr int kMaxSlots = 32;         // tiles in a block's ring: more barriers take longer to set up than they win
-constexpr int kOverheadBytes = 6144;  // of shared memory, for all but the ring
-constexpr int kTeamPerLane = 5;       // blocks that one lane of an exchange warp listens to: teams of up to 160
-constexpr int kHoldVectors = 2;       // that a thread holds of a tile
-// Tiles that it holds: as many as spill nothing, fewer where each is much code.
-template <typename T, bool kMasked>
-constexpr int kHeldTiles = kMasked ? 7 : sizeof(T) != 4 ? 10 : 14;
+// -------------------------------------------------------------------------------------------------
+constexpr int kVectorBytes = 16;  // one access of one thread
+constexpr int kLineBytes = 128;   // of L2
+constexpr int kUnitChannels = 8;  // channels of an exchange warp; more where a group would take
+constexpr int kUnits = 4;         // more warps than these
+constexpr int kMaxCluster = 8;    // blocks, that any GPU with clusters takes
+constexpr int kMaxThreads = 512;  // of a block
 
-// ---------------------------------------------------------------------------------------------
-// The hardware: all that is not plain CUDA C++, each in one function
-// ---------------------------------------------------------------------------------------------
-using Barrier = uint64_t;             // an mbarrier in shared memory
-enum class Keep { kFirst, kLast };    // what L2 evicts first or last
-using Policy = uint64_t;              // the same, as a copy wants it
+// -------------------------------------------------------------------------------------------------
+// PTX, one instruction a function, named after it
+// -------------------------------------------------------------------------------------------------
+using Mbarrier = uint64_t;  // in shared memory
+// What L2 evicts first or last: what createpolicy.fractional would put into registers.
+enum CachePolicy : uint64_t { kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000 };
 
-struct alignas(16) Word {             // travels between blocks in one piece, so that a tag vouches for its value
-  double value;
-  unsigned long long tag;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 != 9
+constexpr bool kLean = true;  // as is_lean() says of the architecture
+#else
+constexpr bool kLean = false;
+#endif
+
+// A block's sums on their way to the team. They travel in one piece, so −s2 vouches for s1: its
+// sign bit is set even if s2 is 0, so that it differs from the zeros of an empty slot.
+template <typename A>
+struct alignas(2 * sizeof(A)) SumSlot {
+  A s1, minus_s2;
 };
 
 #ifdef __CUDACC__
+#define ASM asm volatile
 
-__device__ unsigned char* dynamic_shared() {
+__device__ unsigned char* dynamic_shared_memory() {
   extern __shared__ __align__(128) unsigned char fused_batch_norm_shared[];
   return fused_batch_norm_shared;
 }
 
-__device__ unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+__device__ unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 
 #if __CUDA_ARCH__ >= 800
-__device__ void barrier_init(Barrier* b, unsigned arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
+__device__ void mbarrier_init(Mbarrier* b, unsigned arrivals) {
+  const unsigned at = shared_address(b);
+  ASM("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
 }
 
-__device__ void barrier_arrive(Barrier* b) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(b)) : "memory");
+__device__ void mbarrier_arrive(Mbarrier* b) {
+  const unsigned at = shared_address(b);
+  ASM("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(at) : "memory");
 }
 
-__device__ bool barrier_test(Barrier* b, unsigned parity) {
+__device__ bool mbarrier_test_wait(Mbarrier* b, unsigned parity) {
+  const unsigned at = shared_address(b);
   unsigned complete;
+  ASM("{ .reg .pred p;"
 #if __CUDA_ARCH__ >= 900  // may sleep a while
-  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(complete) : "r"(shared_address(b)), "r"(parity) : "memory");
+      "  mbarrier.try_wait.parity.shared.b64 p, [%1], %2;"
 #else
-  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(complete) : "r"(shared_address(b)), "r"(parity) : "memory");
+      "  mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
 #endif
+      "  selp.u32 %0, 1, 0, p; }" : "=r"(complete) : "r"(at),
+      "r"(parity) : "memory");
   return complete;
 }
-#else  // the same in software: arrivals a phase in bits 0-15, arrivals still to come in bits 16-31, phase above
-__device__ void barrier_init(Barrier* b, unsigned arrivals) { *b = arrivals | arrivals << 16; }
+#else  // in software: arrivals so far in the lower half, arrivals of a phase in the upper one
+__device__ void mbarrier_init(Mbarrier* b, unsigned arrivals) { *b = uint64_t(arrivals) << 32; }
 
-__device__ void barrier_arrive(Barrier* b) {
+__device__ void mbarrier_arrive(Mbarrier* b) {
   __threadfence_block();
-  auto* const word = reinterpret_cast<unsigned long long*>(b);
-  unsigned long long old = *const_cast<volatile unsigned long long*>(word), seen;
-  do {
-    seen = old;
-    const unsigned long long next = (seen >> 16 & 0xffff) > 1 ? seen - 0x10000 : (seen & 0xffff) * 0x10001 | ((seen >> 32) + 1) << 32;
-    old = atomicCAS(word, seen, next);
-  } while (old != seen);
+  atomicAdd(reinterpret_cast<unsigned*>(b), 1);
 }
 
-__device__ bool barrier_test(Barrier* b, unsigned parity) {
-  const bool complete = (*const_cast<volatile Barrier*>(b) >> 32 & 1) != parity;
+__device__ bool mbarrier_test_wait(Mbarrier* b, unsigned parity) {
+  const uint64_t word = *const_cast<volatile Mbarrier*>(b);
   __threadfence_block();
-  return complete;
+  return (unsigned(word) / unsigned(word >> 32) & 1) != parity;
 }
 #endif
 
-// Returns when the phase of this parity is complete. A new barrier's phase before the first (parity 1) is.
-__device__ void barrier_wait(Barrier* b, unsigned parity) {
-  while (!barrier_test(b, parity)) {}
-}
-
-// The same where other blocks of the cluster have sent what the barrier waited for.
-__device__ void barrier_wait_for_peers(Barrier* b, unsigned parity) {
-#if __CUDA_ARCH__ >= 900
-  unsigned complete;
-  do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(complete) : "r"(shared_address(b)), "r"(parity) : "memory");
-  } while (!complete);
-#else
-  __trap();
-#endif
-}
-
-// Makes initialised barriers visible to the copy engine, and to the cluster behind its barrier.
-__device__ void barrier_init_fence() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-}
-
-// One arrival; the phase also waits for `bytes` of bulk copies or from peers.
-__device__ void barrier_arrive_expect(Barrier* b, unsigned bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }"
-               ::"r"(shared_address(b)), "r"(bytes) : "memory");
-#else
-  __trap();
-#endif
-}
-
-__device__ Policy make_policy(Keep keep) {
-  Policy policy = 0;
-#if __CUDA_ARCH__ >= 800
-  if (keep == Keep::kLast)
-    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  else
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-#endif
-  return policy;
-}
-
-// Hopper's copy engine: `bytes` (a multiple of 16) land some time later and are counted on the barrier.
-__device__ void copy_bulk(void* shared, const void* global, unsigned bytes, Barrier* b, Policy policy) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-               ::"r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(b)), "l"(policy) : "memory");
-#else
-  __trap();
-#endif
+// Returns when the phase of this parity is complete.
+__device__ void mbarrier_wait(Mbarrier* b, unsigned parity) {
+  while (!mbarrier_test_wait(b, parity)) {
+  }
 }
 
 // 16 bytes by this thread, some time later. L2 fetches the whole line of 128.
-__device__ void copy_16(void* shared, const void* global, Policy policy) {
+__device__ void cp_async_16(void* shared, const void* global, CachePolicy policy) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "l"(policy) : "memory");
+  const unsigned to = shared_address(shared);
+  ASM("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
+      "l"(global), "l"(policy) : "memory");
 #else
   *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
 #endif
 }
 
-// Makes a group of this thread's copy_16 since the last one.
-__device__ void copies_commit() {
+// Makes a group of this thread's cp_async_16 since the last one.
+__device__ void cp_async_commit_group() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
+  ASM("cp.async.commit_group;" :: : "memory");
 #endif
 }
 
-// Returns when all groups but the last `kOnTheirWay` have landed, for this thread to see.
-template <int kOnTheirWay>
-__device__ void copies_wait() {
+// Returns when all groups but the last `kPending` have landed, for this thread to see.
+template <int kPending>
+__device__ void cp_async_wait_group() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(kOnTheirWay) : "memory");
+  ASM("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
 }
 
-// One arrival, made when all copy_16 of this thread so far have landed.
-__device__ void copies_arrive(Barrier* b) {
+__device__ uint4 ld_global_128(const void* from, CachePolicy policy) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(b)) : "memory");
+  uint4 v;
+  ASM("ld.global.L1::no_allocate.L2::cache_hint.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4], %5;" : "=r"(
+          v.x),
+      "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from), "l"(policy));
+  return v;
 #else
-  barrier_arrive(b);
+  return *static_cast<const uint4*>(from);
 #endif
 }
 
-// The barrier of all threads of a cluster of blocks, in two halves. It tells that the others are there, and orders no memory:
-// to do so, each thread would wait until all that the multiprocessor has under way has gone through, some microseconds.
-__device__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#else
-  __trap();
-#endif
+// In one instruction: the compiler would split a plain assignment.
+__device__ void st_global_128(void* to, uint4 v, bool streaming) {
+  if (streaming)
+    ASM("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+        "r"(v.w) : "memory");
+  else
+    ASM("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+        "r"(v.w) : "memory");
 }
 
-__device__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-  __trap();
-#endif
+// Relaxed accesses, each in one piece.
+template <typename A>
+__device__ SumSlot<A> ld_relaxed(const SumSlot<A>* from) {
+  unsigned long long bits[2];
+  if constexpr (sizeof(A) == 4)
+    ASM("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(bits[0]) : "l"(from) : "memory");
+  else
+    ASM("{ .reg .b128 v; ld.relaxed.gpu.global.b128 v, [%2]; mov.b128 {%0, %1}, v; }" : "=l"(
+            bits[0]),
+        "=l"(bits[1]) : "l"(from) : "memory");
+  SumSlot<A> slot;
+  memcpy(&slot, bits, sizeof slot);
+  return slot;
 }
 
-// Writes 16 bytes to the same place in another block of the cluster, some time later, and counts them on that block's barrier.
-template <typename V>
-__device__ void send_to_peer(V* shared, int rank, const V& value, Barrier* b) {
-#if __CUDA_ARCH__ >= 900
-  static_assert(sizeof(V) == 16, "one message");
-  const uint4 raw = *reinterpret_cast<const uint4*>(&value);
-  asm volatile("{ .reg .b32 to, barrier; mapa.shared::cluster.u32 to, %0, %2; mapa.shared::cluster.u32 barrier, %1, %2;"
-               "  st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3, %4, %5, %6}, [barrier]; }"
-               ::"r"(shared_address(shared)), "r"(shared_address(b)), "r"(rank), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w) : "memory");
-#else
-  __trap();
-#endif
+template <typename A>
+__device__ void st_relaxed(SumSlot<A>* to, SumSlot<A> slot) {
+  unsigned long long bits[2];
+  memcpy(bits, &slot, sizeof slot);
+  if constexpr (sizeof(A) == 4)
+    ASM("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(bits[0]) : "memory");
+  else
+    ASM("{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.gpu.global.b128 [%0], v; }" ::"l"(to),
+        "l"(bits[0]), "l"(bits[1]) : "memory");
 }
 
-__device__ Word load_word(const Word* p) {
-  unsigned long long value, tag;
-  asm volatile("{ .reg .b128 word; ld.relaxed.gpu.global.b128 word, [%2]; mov.b128 {%0, %1}, word; }"
-               : "=l"(value), "=l"(tag) : "l"(p) : "memory");
-  return Word{__longlong_as_double(value), tag};
-}
-
-__device__ void store_word(Word* p, Word word) {
-  asm volatile("{ .reg .b128 word; mov.b128 word, {%1, %2}; st.relaxed.gpu.global.b128 [%0], word; }"
-               ::"l"(p), "l"(__double_as_longlong(word.value)), "l"(word.tag) : "memory");
+__device__ unsigned long long ld_relaxed(const unsigned long long* from) {
+  unsigned long long v;
+  ASM("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
+  return v;
 }
 
 // Adds 1, which orders nothing else, and waits for nothing.
-__device__ void add_one(void* word) { asm volatile("red.relaxed.gpu.global.add.u64 [%0], 1;" ::"l"(word) : "memory"); }
+__device__ void red_add_relaxed(void* word) {
+  ASM("red.relaxed.gpu.global.add.u64 [%0], 1;" ::"l"(word) : "memory");
+}
 
-__device__ void nap() { __nanosleep(40); }
+__device__ void nanosleep() { __nanosleep(40); }
 
 // Sleeps for so many clock cycles, about.
-__device__ void rest(int64_t cycles) {
+__device__ void nanosleep_cycles(int64_t cycles) {
   const int64_t start = clock64();
   while (clock64() - start < cycles) __nanosleep(20);
 }
 
-// 16 bytes.
-template <typename V>
-__device__ V load_vector(const V* address, Policy policy) {
-  uint4 raw;
-#if __CUDA_ARCH__ >= 800
-  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
-               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w) : "l"(address), "l"(policy));
-#else
-  raw = *reinterpret_cast<const uint4*>(address);
-#endif
-  return *reinterpret_cast<const V*>(&raw);
+#if __CUDA_ARCH__ >= 900
+// Makes initialised mbarriers visible to the cluster, behind its barrier.
+__device__ void fence_mbarrier_init() { ASM("fence.mbarrier_init.release.cluster;" :: : "memory"); }
+
+// One arrival; the phase also waits for `bytes` from peers.
+__device__ void mbarrier_arrive_expect_tx(Mbarrier* b, unsigned bytes) {
+  ASM("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(
+          shared_address(b)),
+      "r"(bytes) : "memory");
 }
 
-// 16 bytes, in one instruction: the compiler would split a plain assignment.
-template <typename V>
-__device__ void store_vector(V* address, const V& vector, bool streaming) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(&vector);
-  if (streaming)
-    asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w) : "memory");
-  else
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w) : "memory");
+// mbarrier_wait where other blocks of the cluster have sent what it waits for.
+__device__ void mbarrier_wait_cluster(Mbarrier* b, unsigned parity) {
+  unsigned complete;
+  do {
+    ASM("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;"
+        "  selp.u32 %0, 1, 0, p; }" : "=r"(complete) : "r"(shared_address(b)),
+        "r"(parity) : "memory");
+  } while (!complete);
 }
+
+// The barrier of all threads of a cluster, in two halves. Relaxed: an execution barrier only; a
+// release would cost each thread a MEMBAR.GPU. Aligned: all lanes of a warp together.
+__device__ void barrier_cluster_arrive() {
+  ASM("barrier.cluster.arrive.relaxed.aligned;" :: : "memory");
+}
+
+__device__ void barrier_cluster_wait() {
+  ASM("barrier.cluster.wait.acquire.aligned;" :: : "memory");
+}
+
+// Where another block of the cluster has what this one has at p.
+__device__ unsigned mapa(const void* p, int rank) {
+  unsigned there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
+  return there;
+}
+
+// Writes a slot to the same place in another block of the cluster, some time later, and counts its
+// bytes on that block's barrier.
+template <typename A>
+__device__ void st_async(SumSlot<A>* shared, int rank, SumSlot<A> slot, Mbarrier* b) {
+  if constexpr (sizeof(A) == 4)
+    ASM("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+            mapa(shared, rank)),
+        "f"(slot.s1), "f"(slot.minus_s2), "r"(mapa(b, rank)) : "memory");
+  else
+    ASM("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f64 [%0], {%1, %2}, [%3];" ::"r"(
+            mapa(shared, rank)),
+        "d"(slot.s1), "d"(slot.minus_s2), "r"(mapa(b, rank)) : "memory");
+}
+#else  // no plan asks for clusters
+__device__ void fence_mbarrier_init() {}
+__device__ void mbarrier_arrive_expect_tx(Mbarrier*, unsigned) { __trap(); }
+__device__ void mbarrier_wait_cluster(Mbarrier*, unsigned) { __trap(); }
+__device__ void barrier_cluster_arrive() { __trap(); }
+__device__ void barrier_cluster_wait() { __trap(); }
+template <typename A>
+__device__ void st_async(SumSlot<A>*, int, SumSlot<A>, Mbarrier*) {
+  __trap();
+}
+#endif
+#undef ASM
 #else
 #include "emulated_device.h"
 #endif
 
-// ---------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Types
-// ---------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 template <typename T>
-struct alignas(kVectorBytes) Vector {  // kept as words: as elements, 16-bit ones would take a register each
+struct alignas(kVectorBytes) Vector {  // as words: as elements, 16-bit ones take a register each
   static constexpr int kSize = kVectorBytes / sizeof(T);
   unsigned word[4] = {};
+
   __device__ T get(int i) const {
-    unsigned bits[2] = {word[i * sizeof(T) / 4] >> (i * sizeof(T) % 4 * 8), sizeof(T) == 8 ? word[i * 2 % 4 + 1] : 0};
+    unsigned bits[2] = {word[i * sizeof(T) / 4] >> (i * sizeof(T) % 4 * 8),
+                        sizeof(T) == 8 ? word[i * 2 % 4 + 1] : 0};
     T element;
     memcpy(&element, bits, sizeof(T));
     return element;
   }
-  __device__ void push(T element) {  // becomes element 0; the others move up
-    constexpr int kWords = (sizeof(T) + 3) / 4, kBits = sizeof(T) % 4 * 8;
-#pragma unroll
-    for (int i = 3; i >= 0; --i) {
-      if (kBits > 0) word[i] = word[i] << kBits | (i > 0 ? word[i - 1] >> kBits : 0);
-      else if (i >= kWords) word[i] = word[i - kWords];
-    }
-    unsigned bits[2] = {};
-    memcpy(bits, &element, sizeof(T));
-    word[0] = kBits > 0 ? word[0] | bits[0] : bits[0];
-    if (kWords > 1) word[1] = bits[1];
-  }
 };
+
+__device__ float widen(float v) { return v; }
+__device__ double widen(double v) { return v; }
+__device__ float widen(__half v) { return __half2float(v); }
+__device__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+// Element i of a vector, widened. (A bfloat16 is the upper half of a float.)
+template <typename T>
+__device__ auto widen(const Vector<T>& v, int i) {
+  if constexpr (std::is_same<T, __nv_bfloat16>::value)
+    return __uint_as_float(i % 2 ? v.word[i / 2] & 0xffff0000u : v.word[i / 2] << 16);
+  else
+    return widen(v.get(i));
+}
 
 // Rounds to T and packs.
 template <typename T, typename A>
@@ -383,31 +377,47 @@ __device__ Vector<T> make_vector(const A (&v)[Vector<T>::kSize]) {
   return vector;
 }
 
-template <typename T> struct Accumulator { using type = float; };
-template <> struct Accumulator<double> { using type = double; };
+template <typename T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
 
-__device__ float widen(float v) { return v; }
-__device__ double widen(double v) { return v; }
-__device__ float widen(__half v) { return __half2float(v); }
-__device__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+// Sums over some part of a channel, with d = x − pivot. All parts of a channel have the same pivot.
+template <typename A>
+struct Sums {
+  A s1 = 0, s2 = 0;  // Σ d, Σ d²
 
-template <typename T, typename A> __device__ T narrow(A v) {
-  if constexpr (sizeof(T) >= 4) return T(v);
-  else if constexpr (std::is_same<T, __half>::value) return __floats2half2_rn(float(v), 0).x;
-  else return __float2bfloat16_rn(float(v));
-}
+  __device__ void add(const Sums& other) {
+    s1 += other.s1;
+    s2 += other.s2;
+  }
+};
 
-// An element of a parameter or a running buffer, which is float or of x's own type. As it lies in memory: a conversion
-// behind the load would wait for it.
+template <typename A>
+struct Result {  // y = (x − mean)·scale + shift
+  A mean, scale, shift;
+};
+
+// A parameter or an element of a running buffer: float, or of x's own type. As it lies in memory: a
+// conversion behind the load would wait for it.
 template <typename T>
 struct Parameter {
   using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
   Bits bits = 0;
+
   __device__ void load(const void* p, int64_t i, bool is_float) {
-    if (is_float) bits = static_cast<const uint32_t*>(p)[i];
-    else if constexpr (sizeof(T) == 2) bits = static_cast<const uint16_t*>(p)[i];
-    else bits = static_cast<const Bits*>(p)[i];
+    if (is_float)
+      bits = static_cast<const uint32_t*>(p)[i];
+    else if constexpr (sizeof(T) == 2)
+      bits = static_cast<const uint16_t*>(p)[i];
+    else
+      bits = static_cast<const Bits*>(p)[i];
   }
+
   __device__ typename Accumulator<T>::type value(bool is_float) const {
     float single;
     T own;
@@ -419,595 +429,733 @@ struct Parameter {
 
 template <typename T>
 __device__ void store_parameter(void* p, int64_t i, bool is_float, double v) {
+  const typename Accumulator<T>::type own[Vector<T>::kSize] = {typename Accumulator<T>::type(v)};
   if (is_float)
     static_cast<float*>(p)[i] = float(v);
   else
-    static_cast<T*>(p)[i] = narrow<T>(v);
+    static_cast<T*>(p)[i] = make_vector<T>(own).get(0);
 }
 
-// ---------------------------------------------------------------------------------------------
-// Plan: what the launch and the kernel need to know beyond the call
-// ---------------------------------------------------------------------------------------------
-struct Divisor {         // n / divisor == umulhi(2n, magic) >> shift for all n < 2³¹
-  unsigned magic;
-  int shift;
+// -------------------------------------------------------------------------------------------------
+// Plan, as data
+// -------------------------------------------------------------------------------------------------
+struct FastDivmod {  // n / divisor == umulhi(2n, magic) >> shift for all n < 2³¹
+  unsigned divisor, magic, shift;
 };
 
-enum Structure { kResident, kPacked, kRing, kHold };
+enum Layout {     // of a group of neighbouring channels, that a block works on
+  kPlanes,        // one channel; its planes are rows of whole vectors
+  kMaskedPlanes,  // one channel; a plane may start or end within a vector
+  kPackedPlanes,  // several, whose planes together are whole vectors; a vector may hold two of them
+  kPixels,        // several of a channels-last x; each element of a vector has a channel of its own
+};
+
+// Where a thread's vectors are all at the same place of their rows.
+__host__ __device__ constexpr bool has_columns(Layout layout) { return layout >= kPackedPlanes; }
+
+// There are two kernels for a layout: `many` is for one block on a multiprocessor, with many rows
+// in registers; else several blocks share one. `lean`: on architectures for which the same code
+// takes more registers. All numbers are such that nothing spills.
+constexpr bool is_lean(int architecture) { return architecture / 10 != 9; }
+
+// Registers of a thread: with 56, a multiprocessor has room for five blocks of 224 threads.
+__host__ __device__ constexpr int max_registers(Layout layout, int size, bool many, bool lean) {
+  if (many) return 128;
+  if (layout == kPixels) return lean ? 128 : 96;
+  return (size == 2 ? 80 : layout == kPackedPlanes ? 72 : 56) + (lean ? 24 : 0);
+}
+
+// Threads for which a multiprocessor has registers; those of a warp are in one of its four parts.
+__host__ __device__ constexpr int resident_threads(Layout layout, int size, bool many, bool lean) {
+  return 4 * 32 * (65536 / 4 / (32 * max_registers(layout, size, many, lean)));
+}
+
+// Rows of a thread in registers, where a vector has `size` elements.
+__host__ __device__ constexpr int register_rows(Layout layout, int size, bool many, bool lean) {
+  if (many) return lean ? 12 : 16;
+  if (layout == kPixels || size == 2) return 0;
+  return size != 4 ? 0 : layout == kPlanes ? 3 : layout == kMaskedPlanes ? 1 : 2;
+}
+
+enum TeamKind { kBlockTeam, kClusterTeam, kGridTeam };
 
 struct Plan {
-  int structure;         // 0 resident, 1 packed, 2 ring, 3 hold
-  int pack;              // channels in a plane: 1, or (packed) as many as end with a vector together
-  int64_t packs, plane;  // such planes in one of the N images; elements of one
-  Divisor by_channel;    // elements of one channel in a plane
-  int bulk;              // tiles come by the copy engine, else by 16-byte asynchronous copies
-  int team, teams;       // blocks that share a channel; how many such teams
-  Divisor by_team;
-  int cluster;           // the team is a thread-block cluster
-  int cooperative;       // all blocks resident, with a barrier across the grid
-  int exchangers, producers, storers, statistics;  // warps of each role, in this order
-  unsigned plane_vectors, channel_vectors;         // 16-byte vectors that cover one plane; those of all N planes
-  Divisor by_plane_vectors;
-  unsigned tile_vectors; // vectors of a tile
-  unsigned step_vectors, step_offset;  // from a block's tile to its next: vectors in all, beyond whole planes,
-  int64_t step_elements;               // and the elements of x that those planes are apart; packed: from a thread's vector to its next
-  int tiles;             // tiles of one channel in one block, in this order:
-  int held;              // ... kept in registers
-  int streamed;          // ... let go after the sums and read again; the rest stays in the ring
-  int slots;             // tiles that the ring has room for
-  int channel_slots;     // channels that can be under way in a block
-  unsigned threads;      // of a resident block, behind the exchangers', that take vectors
-  unsigned kept_vectors; // of its tile, in shared memory
-  int early;             // ... of each thread, that it sums before the others have landed
-  Divisor by_turn;       // teams that start at once: a turn
-  int turns;             // of such teams that are there at first; 0 if none waits
-  int turn_cycles;       // by which one starts later than the one before
-  int in_flight;         // tiles that the producer lets be on their way
-  int channel_words;     // of scratch: a line for the count of the blocks that have published, then a word for each block
-  int64_t scratch_words; // of all channels
-  int shared_bytes;
-  double per_element, per_element_but_one;  // 1 / (N·HW) and 1 / (N·HW − 1)
+  // The group: rows of vectors, the same in each of them.
+  Layout layout;          // 0 planes, 1 masked planes, 2 packed planes, 3 pixels
+  int channels;           // of a group
+  int groups;             // of x
+  unsigned vectors;       // of a group, in all rows
+  FastDivmod width;       // vectors of a row
+  unsigned row_stride;    // vectors of x from a row to the next
+  unsigned group_stride;  // vectors of x from a group to the next
+  FastDivmod pixel;       // kPixels: vectors that cover a pixel's part of a row
+  int pixels;             // kPixels: pixels of a row
+  // The team: blocks that share a group.
+  TeamKind team_kind;  // 0 one block, 1 a cluster, 2 blocks of a cooperative launch
+  FastDivmod team;     // blocks of a team
+  int teams;           // at work at once
+  int rounds;          // groups of a team, at most
+  // The block.
+  int threads;                     // workers
+  int exchange_warps;              // of all sets
+  FastDivmod stages;               // groups under way in a block: D
+  int lag;                         // groups whose sums are being exchanged meanwhile: E
+  FastDivmod sets;                 // of exchange warps, which take the groups in turn: E + 1
+  unsigned share;                  // vectors of a group from a block's first to the next block's
+  FastDivmod step;                 // the same from a thread's vector to its next
+  unsigned step_row, step_in_row;  // that in rows, and vectors beyond
+  int rows;                        // vectors of a thread, at most; of them
+  int reg_rows, smem_rows;         // in registers and in shared memory; others are read again
+  int shared_bytes;                // of a block
+  // Blocks that start one after the other.
+  FastDivmod stagger;  // teams that start at once
+  int stagger_turns;   // of such teams that are there at first; 0: all start at once
+  int stagger_cycles;  // by which one starts later than the one before
+};
+
+int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
+
+// What follows from a plan: how an exchange is cut, where things lie in a block's shared memory.
+struct SharedLayout {
+  int unit_channels, units;  // channels that an exchange warp takes; warps that share a group
+  // Of scratch: for each unit a line of L2 with the count of the blocks that have left their sums,
+  // so that looking at it delays none that still write; then the slots.
+  int64_t group_bytes;
+  int partial_row, partial_rows, partials;  // partial sums of a row; rows; their product
+  // Offsets; the places are at 0.
+  int message_at, result_at, barrier_at, partial_at, pivot_at, bytes;
+
+  // accumulator_bytes: of one number; size: elements of a vector.
+  SharedLayout(const Plan& p, int accumulator_bytes, int size) {
+    const int slot_bytes = 2 * accumulator_bytes;
+    const bool by_warp = !has_columns(p.layout) || 32 % p.width.divisor == 0;
+    const int team = p.team.divisor;
+    unit_channels = 1;
+    while (unit_channels < p.channels &&
+           (unit_channels < kUnitChannels || unit_channels * kUnits < p.channels))
+      unit_channels *= 2;
+    units = ceil_div(p.channels, unit_channels);
+    group_bytes =
+        p.team_kind == kGridTeam && team > 1
+            ? kLineBytes * (units + ceil_div(int64_t(team) * p.channels * slot_bytes, kLineBytes))
+            : 0;
+    const int sets = p.lag + 1;
+    partial_row = p.layout == kPixels         ? p.width.divisor * size
+                  : p.layout == kPackedPlanes ? p.width.divisor * 2
+                                              : 1;
+    partial_rows = ceil_div(p.threads, by_warp ? 32 : p.width.divisor);
+    partials = partial_row * partial_rows;
+    message_at = int(p.stages.divisor) * p.smem_rows * p.threads * kVectorBytes;
+    result_at =
+        message_at +
+        (p.team_kind == kClusterTeam ? ceil_div(p.channels * team * slot_bytes, 16) * 16 : 0);
+    barrier_at = result_at + ceil_div(3 * sets * p.channels * accumulator_bytes, 16) * 16;
+    partial_at = barrier_at + (2 * sets + 2) * int(sizeof(Mbarrier));
+    pivot_at = partial_at + 2 * sets * partials * accumulator_bytes;
+    bytes = pivot_at + 2 * sets * p.channels * accumulator_bytes;
+  }
 };
 
 struct Arguments {
   FusedBatchNormCall call;
   Plan plan;
-  Word* scratch;         // [C][channel_words], content unknown at the start
+  SharedLayout layout;
+  const void* x;           // the 16-byte boundary before x
+  void* y;                 // and before y
+  unsigned char* scratch;  // [groups][group_bytes], content unknown at the start
+  int shift;               // elements from the 16-byte boundary before x to x
+  unsigned whole;          // vectors from there that end within x; the next is not read as a whole
+  uint64_t image;          // C·HW, elements
+  int tail;  // kMaskedPlanes: elements of a plane beyond all but two vectors of its row
+  double per_element, per_element_but_one;  // 1 / (N·HW) and 1 / (N·HW − 1)
 };
 
-template <typename A>
-struct Result {          // what the store warps need: y = (x − mean)·scale + shift
-  A mean, scale, shift;
-};
-
-// Sums over some part of a channel, with d = x − pivot: Σ d and Σ d². All parts of a channel have the same pivot.
-template <typename A>
-struct Sums {
-  A s1 = 0, s2 = 0;
-  template <typename B>
-  __device__ void add(const Sums<B>& other) {
-    s1 += other.s1;
-    s2 += other.s2;
-  }
-};
-
-template <typename A>
-struct Partial {         // what a statistics warp has summed
-  A pivot;
-  Sums<A> sums;
-};
-
-// Where things lie in a block's shared memory.
-struct Shared {
-  unsigned char* ring;   // [slots][tile_vectors] vectors
-  Barrier *full, *empty; // [slots]: tile has landed; tile may be overwritten
-  Barrier *summed, *ready;  // [channel_slots]: partials are there; result is there
-  void* partial;         // [channel_slots][statistics] Partial
-  void* result;          // [channel_slots] Result
-
-  __device__ Shared(unsigned char* base, const Plan& p) {
-    ring = base;
-    full = reinterpret_cast<Barrier*>(ring + size_t(p.slots) * p.tile_vectors * kVectorBytes);
-    empty = full + p.slots;
-    summed = empty + p.slots;
-    ready = summed + p.channel_slots;
-    partial = ready + p.channel_slots;
-    result = static_cast<Partial<double>*>(partial) + p.channel_slots * p.statistics;
-  }
-};
-
-// ---------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Small device helpers
-// ---------------------------------------------------------------------------------------------
-// Sum over the warp, in every lane, always in the same order. All 32 lanes must call.
+// -------------------------------------------------------------------------------------------------
+__device__ unsigned divide(unsigned n, FastDivmod d) { return __umulhi(2 * n, d.magic) >> d.shift; }
+
+// Keeps a parameter of the kernel in a register: the compiler would rather load it again in each
+// row, which takes longer than all else there, but cannot repeat a shuffle. All 32 lanes must call.
 template <typename V>
-__device__ V warp_sum(V v) {
+__device__ V in_register(V v) {
+  return __shfl_xor_sync(0xffffffffu, v, 0);
+}
+template <typename V>
+__device__ V* in_register(V* p) {
+  return reinterpret_cast<V*>(in_register(reinterpret_cast<unsigned long long>(p)));
+}
+
+// Sum over the lanes whose numbers differ in the bits from `lowest` up, in all of them, always in
+// the same order. All 32 lanes must call.
+template <typename V>
+__device__ V warp_sum(V v, int lowest = 1) {
 #pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
+  for (int bit = 16; bit > 0; bit /= 2)
+    if (bit >= lowest) v += __shfl_xor_sync(0xffffffffu, v, bit);
   return v;
 }
 
 template <typename A>
-__device__ Sums<A> warp_sum(const Sums<A>& own) { return {warp_sum(own.s1), warp_sum(own.s2)}; }
-
-__device__ unsigned divide(unsigned n, Divisor d) { return __umulhi(2 * n, d.magic) >> d.shift; }
-
-// A place in a ring, and the parity of the phase that it is in.
-struct RingPosition {
-  int slot = 0;
-  unsigned parity = 0;
-  __device__ void advance(int steps, int slots) {  // less than a turn
-    slot += steps;
-    if (slot >= slots) {
-      slot -= slots;
-      parity ^= 1;
-    }
-  }
-};
+__device__ Sums<A> warp_sum(const Sums<A>& own, int lowest = 1) {
+  return {warp_sum(own.s1, lowest), warp_sum(own.s2, lowest)};
+}
 
 // What all warps of a block know.
+template <typename T>
 struct Block {
+  using A = typename Accumulator<T>::type;
   const Arguments& a;
-  const Shared shared;
-  const int first_channel = divide(blockIdx.x, a.plan.by_team);  // then every teams-th
-  const int rank = blockIdx.x - first_channel * a.plan.team;     // in the team
-  const int lane = threadIdx.x % 32;
-  __device__ Block(const Arguments& a) : a(a), shared(dynamic_shared(), a.plan) {}
+  const Plan& p = a.plan;
+  const FusedBatchNormCall& call = a.call;
+  const SharedLayout& layout = a.layout;
+  unsigned char* const shared = dynamic_shared_memory();  // once: it takes long
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first_group = divide(blockIdx.x, p.team);  // then every teams-th
+  const int rank = blockIdx.x - first_group * p.team.divisor;
+  const int groups = p.rounds - (first_group + (p.rounds - 1) * p.teams >= p.groups);
+
+  __device__ explicit Block(const Arguments& a) : a(a) {}
+
+  template <typename V>
+  __device__ V* at(int offset) const {
+    return reinterpret_cast<V*>(shared + offset);
+  }
+  // Which set of exchange warps group i is for; results and partial sums are there for as many.
+  __device__ int set(int i) const { return i - divide(i, p.sets) * p.sets.divisor; }
+  __device__ Vector<T>* places() const { return at<Vector<T>>(0); }
+  // Two barriers for each set, and the parity of the phase that is group i's.
+  __device__ Mbarrier* summed(int i) const { return gathered() + 1 + 2 * set(i); }
+  __device__ Mbarrier* ready(int i) const { return summed(i) + 1; }
+  __device__ unsigned parity(int i) const { return divide(i, p.sets) & 1; }
+  __device__ Mbarrier* gathered() const { return at<Mbarrier>(layout.barrier_at); }
+  __device__ Sums<A>* partial(int i) const {
+    return at<Sums<A>>(layout.partial_at) + set(i) * layout.partials;
+  }
+  __device__ Result<A>* result(int i) const {
+    return at<Result<A>>(layout.result_at) + set(i) * p.channels;
+  }
+  // Twice as many: a set leaves those of its next group but one, while its next group's are used.
+  __device__ A* pivot(int i) const {
+    return at<A>(layout.pivot_at) + (parity(i) * p.sets.divisor + set(i)) * p.channels;
+  }
+  __device__ int group(int i) const { return first_group + i * p.teams; }
 };
 
-// A tile of a channel: `count` vectors from vector `offset` of a plane on, and what that plane's first element is in x.
-struct Tile {
-  unsigned first, count, offset;
-  int64_t plane;
-  __device__ Tile(const Block& b, int64_t channel, int index) {
-    const Plan& p = b.a.plan;
-    first = unsigned(index * p.team + b.rank) * p.tile_vectors;
-    const unsigned n = divide(first, p.by_plane_vectors);
-    offset = first - n * p.plane_vectors;
-    plane = (n * p.packs + channel) * p.plane;
-    clip(p);
-  }
-  __device__ void clip(const Plan& p) { count = first < p.channel_vectors ? min(p.tile_vectors, p.channel_vectors - first) : 0; }
-  __device__ void advance(const Block& b) {  // to the block's next tile, without a division
-    const Plan& p = b.a.plan;
-    first += p.step_vectors;
-    offset += p.step_offset;
-    plane += p.step_elements;
-    if (offset >= p.plane_vectors) {
-      offset -= p.plane_vectors;
-      plane += p.packs * p.plane;
-    }
-    clip(p);
-  }
-};
-
-// How many elements behind a 16-byte boundary, where its cover starts, a plane starts that is not made of whole vectors.
-template <typename T>
-__device__ int shift_of(const Block& b, int64_t plane) {
-  return int((plane + reinterpret_cast<uintptr_t>(b.a.call.x) / sizeof(T)) & (Vector<T>::kSize - 1));
-}
-
-// Where in x and y the first vector of a tile starts.
-template <typename T, bool kMasked>
-__device__ int64_t first_element(const Block& b, const Tile& tile) {
-  return tile.plane + int64_t(tile.offset) * Vector<T>::kSize - (kMasked ? shift_of<T>(b, tile.plane) : 0);
-}
-
-// One vector of a tile: its first element's index in x and y, and which of its elements belong to the plane.
-template <typename T, bool kMasked>
+// -------------------------------------------------------------------------------------------------
+// The group: where its vectors lie in x and y, which of their elements count, whose they are
+// -------------------------------------------------------------------------------------------------
 struct Place {
-  static constexpr int kSize = Vector<T>::kSize;
-  int64_t element;
-  int begin = 0, end = kSize;
-  __device__ Place(const Block& b, const Tile& tile, unsigned v) {
-    const Arguments& a = b.a;
-    const unsigned q = tile.offset + v, row = divide(q, a.plan.by_plane_vectors);
-    if (!kMasked) {
-      element = tile.plane + int64_t(q) * kSize + row * ((a.plan.packs - 1) * a.plan.plane);
-    } else {  // the plane's cover starts at the 16-byte boundary before it
-      element = tile.plane + row * (a.plan.packs * a.plan.plane);
-      const int64_t in_plane = int64_t(q - row * a.plan.plane_vectors) * kSize;
-      const int shift = shift_of<T>(b, element);
-      begin = in_plane == 0 ? shift : 0;
-      end = int(max(int64_t(0), min(int64_t(kSize), a.plan.plane + shift - in_plane)));
-      element += in_plane - shift;
-    }
-  }
-  __device__ bool has(int i) const { return !kMasked || (i >= begin && i < end); }
-  __device__ int count() const { return max(end - begin, 0); }
+  unsigned vector;  // of x, counted from the 16-byte boundary before it
+  int begin, end;   // the elements that count
 };
 
-// What of one vector of x belongs to the plane, element by element. Rolled: few vectors reach past the end of x, and unrolled
-// in each place that loads, it would take a sixth of the compilation.
-template <typename T, bool kMasked>
-__device__ Vector<T> elementwise(const Block& b, const Place<T, kMasked>& place) {
-  Vector<T> x;
+// Where a vector is in a group: what its row begins at, and its place there. Rows count in vectors
+// of x, or (kMaskedPlanes, whose rows do not begin with a vector) one by one.
+struct Walk {
+  unsigned row, in_row;
+};
+
+template <typename T, Layout kLayout>
+struct Group {
+  static constexpr int kSize = Vector<T>::kSize;
+  static constexpr bool kMasked =
+      kLayout == kMaskedPlanes || kLayout == kPixels;  // not all elements may count
+  static constexpr int kParts = kLayout == kPixels         ? kSize
+                                : kLayout == kPackedPlanes ? 2
+                                                           : 1;  // channels of a vector
+  // Sums that elements are added to: of each, or of every fourth.
+  static constexpr int kSums = has_columns(kLayout) || kSize < 4 ? kSize : 4;
+  using A = typename Accumulator<T>::type;
+  const Arguments& a;
+  const FusedBatchNormCall& call = a.call;
+  const Plan& p = a.plan;
+  unsigned column = 0;  // kPixels: this thread's vector in a row,
+  int offset = 0;       // and its element 0, counted from the group's first (in its pixel)
+  int split = kSize;    // kPackedPlanes: its elements from here on belong to the next channel
+
+  const unsigned width = in_register(p.width.divisor);
+  const unsigned row_stride = in_register(kLayout == kMaskedPlanes ? 1 : p.row_stride);
+  const unsigned step_row = in_register(row_stride * p.step_row);
+  const unsigned step_in_row = in_register(p.step_in_row);
+  const Vector<T>* const x =
+      static_cast<const Vector<T>*>(has_columns(kLayout) ? a.x : in_register(a.x));
+  Vector<T>* const y = static_cast<Vector<T>*>(a.y);
+
+  __device__ Walk walk(unsigned v) const {
+    const unsigned row = divide(v, p.width);
+    return {row * row_stride, v - row * width};
+  }
+  // Goes on to the thread's next vector.
+  __device__ void advance(Walk& w) const {
+    w.row += step_row;
+    if constexpr (!has_columns(kLayout)) {
+      w.in_row += step_in_row;
+      if (w.in_row >= width) {
+        w.in_row -= width;
+        w.row += row_stride;
+      }
+    }
+  }
+
+  __device__ Group(const Block<T>& b, unsigned thread) : a(b.a) {
+    const unsigned in_row =
+        has_columns(kLayout) ? thread - divide(thread, p.width) * p.width.divisor : 0;
+    if constexpr (kLayout == kPackedPlanes) {
+      offset = in_row * kSize;
+      split = min(int(call.HW) - offset % int(call.HW), kSize);
+    } else if constexpr (kLayout == kPixels) {
+      const unsigned pixel = divide(in_row, p.pixel), in_pixel = in_row - pixel * p.pixel.divisor;
+      const unsigned first = pixel * unsigned(call.C) + a.shift;  // element, of group 0
+      column = first / kSize + in_pixel;
+      offset = int(in_pixel * kSize) - int(first % kSize);
+    }
+  }
+
+  // What element i has of something that each of the vector's channels has. (Chosen by value: an
+  // index that the compiler does not know would move the array to local memory.)
+  template <typename V>
+  __device__ V pick(const V (&of)[kParts], int i) const {
+    if (kLayout == kPackedPlanes) return i < split ? of[0] : of[kParts - 1];
+    return of[kLayout == kPixels ? i : 0];
+  }
+
+  // Rows of several whole pixels: channels follow each other again and again.
+  __device__ bool periodic() const { return p.pixels > 1 && p.pixel.divisor == p.width.divisor; }
+
+  // Where a group begins, in vectors of x (kMaskedPlanes: in elements), and which elements of this
+  // thread's vectors are the group's.
+  struct Origin {
+    std::conditional_t<kLayout == kMaskedPlanes, uint64_t, unsigned> at;
+    int begin, end;
+  };
+
+  __device__ Origin origin(int g) const {
+    if constexpr (kLayout == kMaskedPlanes) return {uint64_t(g) * call.HW + a.shift, 0, kSize};
+    Origin o = {g * p.group_stride + column, 0, kSize};
+    if (kLayout == kPixels && !periodic()) {
+      o.begin = max(0, -offset);
+      o.end = min(kSize, min(p.channels, int(call.C) - g * p.channels) - offset);
+    }
+    return o;
+  }
+
+  // The vector where `w` is.
+  __device__ Place place(const Origin& o, const Walk& w) const {
+    if constexpr (kLayout == kMaskedPlanes) {
+      const uint64_t first = w.row * a.image + o.at;
+      const int behind = int(first % kSize),
+                to_last = int(w.in_row - width) + 2;  // vectors
+      const int end = to_last < 0 ? kSize : min(a.tail + behind - to_last * kSize, kSize);
+      return {unsigned(first / kSize) + w.in_row, w.in_row == 0 ? behind : 0, end};
+    }
+    Place at = {unsigned(o.at) + w.row + (kLayout == kPixels ? 0 : w.in_row), o.begin, o.end};
+    if (kLayout == kPixels && (at.vector == 0 || at.vector >= a.whole)) {
+      if (at.vector == 0) at.begin = max(at.begin, a.shift);
+      const int64_t left = call.N * call.C * call.HW + a.shift - int64_t(at.vector) * kSize;
+      at.end = int(min(int64_t(at.end), left));
+    }
+    return at;
+  }
+
+  // Calls use(part, channel) for each of the vector's channels, which may lie outside the group
+  // where no element of it counts.
+  template <typename Use>
+  __device__ void each_part(Use use) const {
+    const int C = int(call.C);
+    int channel = kLayout == kPackedPlanes ? offset / int(call.HW)
+                  : kLayout == kPixels     ? (periodic() ? (offset + kSize * C) % C : offset)
+                                           : 0;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      use(i, channel);
+      if (++channel == C && kLayout == kPixels && periodic()) channel = 0;
+    }
+  }
+
+  // The elements of a vector that reaches past the end of x. Rolled: few do.
+  __device__ Vector<T> load_tail(const Place& at) const {
+    Vector<T> v;
 #pragma unroll 1
-  for (int i = Vector<T>::kSize - 1; i >= 0; --i) x.push(place.has(i) ? static_cast<const T*>(b.a.call.x)[place.element + i] : T());
-  return x;
+    for (int i = at.begin; i < at.end; ++i) {
+      unsigned bits[2] = {};
+      memcpy(bits, static_cast<const T*>(a.x) + uint64_t(at.vector) * kSize + i, sizeof(T));
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        if (w == i * int(sizeof(T)) / 4) v.word[w] |= bits[0] << (i * int(sizeof(T)) % 4 * 8);
+        if (sizeof(T) == 8 && w == 2 * i + 1) v.word[w] = bits[1];
+      }
+    }
+    return v;
+  }
+
+  __device__ Vector<T> load(const Place& at, CachePolicy policy) const {
+    if (kMasked && at.vector >= a.whole) return load_tail(at);
+    const uint4 raw = ld_global_128(x + at.vector, policy);
+    return *reinterpret_cast<const Vector<T>*>(&raw);
+  }
+
+  // The same some time later, into shared memory.
+  __device__ void load_async(Vector<T>* to, const Place& at, CachePolicy policy) const {
+    if (kMasked && at.vector >= a.whole)
+      *to = load_tail(at);
+    else
+      cp_async_16(to, x + at.vector, policy);
+  }
+
+  // s1 += x − pivot, s2 += (x − pivot)², element by element.
+  __device__ void sum(Sums<A> (&sums)[kSums], const Vector<T>& v, const Place& at,
+                      const A (&pivot)[kParts]) const {
+    const auto add = [&](int i) {
+      const A d = widen(v, i) - pick(pivot, i);
+      sums[i % kSums].s1 += d;
+      sums[i % kSums].s2 += d * d;
+    };
+    if (!kMasked || at.end - at.begin == kSize) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) add(i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i)
+        if (i >= at.begin && i < at.end) add(i);
+    }
+  }
+
+  // y = (x − mean)·scale + shift, where shift holds beta and what the rounded mean left over. The
+  // mean goes first: folded into the shift, it would take digits along where |mean| ≫ std.
+  __device__ void store(const Vector<T>& v, const Place& at, const Result<A> (&r)[kParts],
+                        bool streaming) const {
+    if (kMasked && at.begin >= at.end) return;
+    A normal[kSize];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const Result<A> of = pick(r, i);
+      normal[i] = (widen(v, i) - of.mean) * of.scale + of.shift;
+    }
+    const Vector<T> v_y = make_vector<T>(normal);
+    Vector<T>* const to = y + at.vector;
+    if (!kMasked || at.end - at.begin == kSize) {
+      st_global_128(to, *reinterpret_cast<const uint4*>(&v_y), streaming);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i)
+        if (i >= at.begin && i < at.end) reinterpret_cast<T*>(to)[i] = v_y.get(i);
+    }
+  }
+};
+
+// -------------------------------------------------------------------------------------------------
+// Worker warps: each thread loads, sums and stores vectors of its own
+// -------------------------------------------------------------------------------------------------
+
+// Hands this thread's sums of group i to the exchange warps.
+template <typename T, Layout kLayout>
+__device__ void publish(const Block<T>& b, const Group<T, kLayout>& group, unsigned thread, int i,
+                        Sums<typename Accumulator<T>::type> (&sums)[Group<T, kLayout>::kSums]) {
+  using A = typename Accumulator<T>::type;
+  constexpr int kSize = Group<T, kLayout>::kSums;
+  Sums<A>* const partial = b.partial(i);
+  const unsigned width = b.p.width.divisor;
+  if constexpr (!has_columns(kLayout)) {
+    Sums<A> all;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) all.add(sums[e]);
+    all = warp_sum(all);
+    if (b.lane == 0) partial[thread / 32] = all;
+  } else if constexpr (kLayout == kPackedPlanes) {
+    Sums<A> of[2];
+#pragma unroll
+    for (int e = 0; e < kSize; ++e)
+      if (e < group.split)
+        of[0].add(sums[e]);
+      else
+        of[1].add(sums[e]);
+    if (thread < unsigned(b.p.threads)) {
+      partial[2 * thread] = of[0];
+      partial[2 * thread + 1] = of[1];
+    }
+  } else {
+    const bool by_warp = 32 % width == 0;  // then lanes that are `width` apart have the same column
+    if (by_warp)
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) sums[e] = warp_sum(sums[e], width);
+    const unsigned at = by_warp ? thread / 32 * width + b.lane : thread;
+    if (by_warp ? unsigned(b.lane) < width : thread < unsigned(b.p.threads))
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) partial[at * kSize + e] = sums[e];
+  }
+  mbarrier_arrive(b.summed(i));  // all lanes: each has read what may be overwritten behind this
 }
 
-// This lane's share in the choice of a channel's pivot: one of 32 elements, the same in every block and warp. They lie in four
-// runs of eight, scattered over the channel: 32 that lie apart would be as many requests, for which small channels have no time.
-// It is far from being needed when it is loaded.
+// A thread's vectors are rows of its block's share: the first few in registers, the next in shared
+// memory, both until they are stored; others are read again. Its places are private, so no barrier
+// guards them.
+template <typename T, Layout kLayout, bool kMany, typename Prepare, typename Meet,
+          typename Exchange>
+__device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exchange) {
+  using G = Group<T, kLayout>;
+  using A = typename G::A;
+  constexpr int kRegRows = register_rows(kLayout, G::kSize, kMany, kLean);
+  constexpr bool kRereads =
+      kMany || kLayout == kPixels || (kLayout == kMaskedPlanes && sizeof(T) != 4);
+  // On their way to a thread: as many as spill nothing.
+  constexpr int kRereadRows = kLayout != kMaskedPlanes ? 4 : kMany ? 2 : 1;
+  const Plan& p = b.p;
+  const unsigned thread = threadIdx.x - 32 * p.exchange_warps;
+  const G group(b, thread);
+  const unsigned first = b.rank * p.share + thread, step = p.step.divisor;
+  const bool has_rows = thread < unsigned(p.threads) && first < p.vectors;
+  const int rows = has_rows ? min(p.rows, int(divide(p.vectors - 1 - first, p.step)) + 1) : 0;
+  const int reg_rows = min(rows, p.reg_rows), smem_rows = min(rows - reg_rows, p.smem_rows);
+  const unsigned threads = in_register(unsigned(p.threads));
+  const bool streaming = kRereads && p.rows > p.reg_rows + p.smem_rows;  // x needs all of L2
+  const Walk start_of_share = group.walk(first);
+  Vector<T> reg[kRegRows > 0 ? kRegRows : 1];
+
+  // Calls use(vector, walk) for this thread's rows in registers.
+  const auto each_reg_row = [&](Walk& at, auto use) {
+#pragma unroll
+    for (int r = 0; r < kRegRows; ++r) {
+      if (r >= reg_rows) continue;
+      use(reg[r], at);
+      group.advance(at);
+    }
+  };
+  // The same for its rows in shared memory, in the places of group i. Their copies are two groups
+  // of cp.async, so that the first half can be summed while the second lands.
+  const auto each_smem_row = [&](int i, Walk& at, auto before_half, auto use, auto after_half) {
+    const unsigned stage = i - divide(i, p.stages) * p.stages.divisor;
+    Vector<T>* place = b.places() + stage * p.smem_rows * threads + thread;
+    const Vector<T>*const end = place + smem_rows * threads, *const middle =
+                                                                 place +
+                                                                 (smem_rows + 1) / 2 * threads;
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      before_half(half);
+#pragma unroll 1
+      for (; place < (half == 0 ? middle : end); place += threads) {
+        use(*place, at);
+        group.advance(at);
+      }
+      after_half();
+    }
+  };
+
+  // Sends for group i.
+  const auto load = [&](int i) {
+    const auto origin = group.origin(b.group(i));
+    Walk from = start_of_share;
+    if (i < b.groups)
+      each_reg_row(from, [&](Vector<T>& v, const Walk& w) {
+        if (const Place at = group.place(origin, w); at.begin < at.end)
+          v = group.load(at, kEvictLast);
+      });
+    each_smem_row(
+        i, from, [](int) {},
+        [&](Vector<T>& v, const Walk& w) {
+          if (const Place at = group.place(origin, w); i < b.groups && at.begin < at.end)
+            group.load_async(&v, at, kEvictLast);
+        },
+        cp_async_commit_group);
+  };
+
+  // Σ d and Σ d² of group i, with d = x − pivot.
+  const auto sum = [&](int i) {
+    const auto origin = group.origin(b.group(i));
+    A pivot[G::kParts];
+    group.each_part([&](int e, int c) {
+      pivot[e] = unsigned(c) < unsigned(p.channels) ? b.pivot(i)[c] : A(0);
+    });
+    Sums<A> sums[G::kSums];
+    Walk at = start_of_share;
+    const auto add = [&](const Vector<T>& v, const Walk& w) {
+      group.sum(sums, v, group.place(origin, w), pivot);
+    };
+    each_reg_row(at, add);
+    each_smem_row(
+        i, at,
+        [&](int half) {
+          if (p.stages.divisor > p.lag + 1)  // a later group may be on its way
+            half == 0 ? cp_async_wait_group<3>() : cp_async_wait_group<2>();
+          else
+            half == 0 ? cp_async_wait_group<1>() : cp_async_wait_group<0>();
+        },
+        add, [] {});
+#pragma unroll 1
+    for (int row = reg_rows + smem_rows; kRereads && row < rows; row += kRereadRows) {
+      Vector<T> again[kRereadRows];
+      Walk from = at;
+#pragma unroll
+      for (int k = 0; k < kRereadRows; ++k) {
+        if (const Place place = group.place(origin, from);
+            row + k < rows && place.begin < place.end)
+          again[k] = group.load(place, kEvictLast);
+        group.advance(from);
+      }
+#pragma unroll
+      for (int k = 0; k < kRereadRows; ++k) {
+        if (row + k < rows) add(again[k], at);
+        group.advance(at);
+      }
+    }
+    publish(b, group, thread, i, sums);
+  };
+
+  // y of group i, and refills each place that it has stored with group `next`.
+  const auto store = [&](int i, int next) {
+    const auto origin = group.origin(b.group(i)), next_origin = group.origin(b.group(next));
+    const bool refills = next < b.groups;
+    Result<A> result[G::kParts];
+    mbarrier_wait(b.ready(i), b.parity(i));
+    group.each_part([&](int e, int c) {
+      result[e] = unsigned(c) < unsigned(p.channels) ? b.result(i)[c] : Result<A>{};
+    });
+    // Newest first: L2 still has those.
+    const int on_chip = reg_rows + smem_rows;
+#pragma unroll 1
+    for (int row = rows - 1; kRereads && row >= on_chip; row -= kRereadRows) {
+      Vector<T> again[kRereadRows];
+      const auto place_of = [&](int k) {
+        return group.place(origin, group.walk(first + (row - k) * step));
+      };
+#pragma unroll
+      for (int k = 0; k < kRereadRows; ++k)
+        if (const Place at = place_of(k); row - k >= on_chip && at.begin < at.end)
+          again[k] = group.load(at, kEvictFirst);
+#pragma unroll
+      for (int k = 0; k < kRereadRows; ++k)
+        if (row - k >= on_chip) group.store(again[k], place_of(k), result, streaming);
+    }
+    Walk to = start_of_share;
+    each_reg_row(to, [&](Vector<T>& v, const Walk& w) {
+      group.store(v, group.place(origin, w), result, streaming);
+      if (const Place at = group.place(next_origin, w); refills && at.begin < at.end)
+        v = group.load(at, kEvictLast);
+    });
+    each_smem_row(
+        i, to, [](int) {},
+        [&](Vector<T>& v, const Walk& w) {
+          group.store(v, group.place(origin, w), result, streaming);
+          if (const Place at = group.place(next_origin, w); refills && at.begin < at.end)
+            group.load_async(&v, at, kEvictLast);
+        },
+        cp_async_commit_group);
+  };
+
+  if (const int turn = divide(b.first_group, p.stagger); turn < p.stagger_turns)
+    nanosleep_cycles(int64_t(turn) * p.stagger_cycles);
+  // Step i sums group i + lag, then stores group i and refills its places with group i + stages.
+  // Steps are executed in the order of the text, so that what is next is in the instruction cache.
+  // Exchange warps come along as far as the block's own barriers, which all come to at one place.
+  const int stages = p.stages.divisor;
+  const bool works = b.warp >= p.exchange_warps;
+#pragma unroll 1
+  for (int i = 1 - stages; i < max(b.groups, 1); ++i) {
+    const int ahead = i + p.lag;
+    if (works && i <= 0) load(i + stages - 1);
+    if (i == -p.lag) __syncthreads();  // the barriers and the first pivots are there
+    if (works && b.call.training && ahead >= 0 && ahead < b.groups) sum(ahead);
+    if (i == -p.lag) {
+      const auto prepared = works ? decltype(prepare())() : prepare();
+      meet();
+      if (!works) return exchange(prepared);
+    }
+    if (!b.call.training) cp_async_wait_group<0>();
+    if (i >= 0 && i < b.groups) store(i, i + stages);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+// Exchange warps: from the block's sums to the team's, and to what the workers need
+// -------------------------------------------------------------------------------------------------
+// An exchange warp takes a unit of a group: one channel, or up to 32. The lanes that have the same
+// channel share what there is to add.
+template <typename T, Layout kLayout>
+struct Unit {
+  const int channels, set, index;  // set of warps that this one is in; unit in the group
+  const int part, parts;  // this lane's number among those of its channel; how many they are
+  const int local;        // its channel in the group
+
+  __device__ explicit Unit(const Block<T>& b)
+      : channels(has_columns(kLayout) ? b.layout.unit_channels : 1),
+        set(has_columns(kLayout) ? b.warp / b.layout.units : b.warp),
+        index(has_columns(kLayout) ? b.warp % b.layout.units : 0),
+        part(unsigned(b.lane) / channels),
+        parts(32u / channels),
+        local(has_columns(kLayout) ? index * channels + b.lane % channels : 0) {}
+
+  // Whether this lane does for its channel what one lane does.
+  __device__ bool leads(const Block<T>& b) const { return local < b.p.channels && part == 0; }
+  // This lane's channel in x, for group i of the block's team.
+  __device__ int channel(const Block<T>& b, int i) const {
+    return b.group(i) * b.p.channels + local;
+  }
+};
+
+// What the pivot of a channel is chosen by: this lane's element of each of four runs, scattered
+// over the channel. (Elements that lie apart would each be a request of its own, for which small
+// channels have no time.) As it lies in memory: a conversion behind the load would wait for it.
+constexpr int kRuns = 4, kRunElements = 8;
+
 template <typename T>
-__device__ T load_sample(const Block& b, int64_t channel) {
-  const FusedBatchNormCall& call = b.a.call;
-  if (channel >= call.C) return T();
-  const int length = call.HW < 8 ? 1 : 8, runs = 32 / length, run = b.lane % runs;
-  const int64_t n = __umulhi(run * 0x9e3779b9u, unsigned(call.N)), i = __umulhi(run * 0x85ebca6bu, unsigned(call.HW - length + 1)) + b.lane / runs;
-  return static_cast<const T*>(call.x)[(n * call.C + channel) * call.HW + i];
+struct Sample {
+  T of_run[kRuns] = {};
+};
+
+template <typename T, Layout kLayout>
+__device__ Sample<T> load_sample(const Arguments& a, const Unit<T, kLayout>& unit, int channel) {
+  const FusedBatchNormCall& call = a.call;
+  const bool apart = call.HW < kRunElements;
+  const int64_t plane_stride = kLayout == kPixels ? 1 : call.HW,
+                element_stride = kLayout == kPixels ? call.C : 1;
+  Sample<T> sample;
+  if (channel >= call.C || unit.part >= kRunElements) return sample;
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) {
+    const unsigned seed = apart ? r * kRunElements + unit.part : r;
+    const uint64_t n = __umulhi(seed * 0x9e3779b9u, unsigned(call.N));
+    const uint64_t i =
+        __umulhi(seed * 0x85ebca6bu, unsigned(call.HW) - (apart ? 0 : kRunElements - 1)) +
+        (apart ? 0 : unit.part);
+    sample.of_run[r] =
+        static_cast<const T*>(call.x)[n * a.image + channel * plane_stride + i * element_stride];
+  }
+  return sample;
 }
 
-// The pivot: a mean of the sample, so that (pivot − mean)² is a fraction of var and nothing cancels. A mean of medians of three
-// lanes each, of three runs, so that no outlier, nor a run of them, moves it away from all the others.
-template <typename A>
-__device__ A pivot_of(A sample) {
-  const A second = __shfl_xor_sync(0xffffffffu, sample, 1), third = __shfl_xor_sync(0xffffffffu, sample, 2);
-  const A median = max(min(sample, second), min(max(sample, second), third));
-  const A pivot = warp_sum(median) / 32;
+// A mean of the sample, so that (pivot − mean)² is a fraction of var and nothing cancels; of
+// medians of three runs, so that no outlier, nor a run of them, moves it away from all others. All
+// lanes of the warp must call.
+template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
+__device__ A pivot_of(const Sample<T>& sample, const Unit<T, kLayout>& unit) {
+  A sum = 0;
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) {
+    const A v = widen(sample.of_run[r]), next = widen(sample.of_run[(r + 1) % kRuns]);
+    sum += max(min(v, next), min(max(v, next), widen(sample.of_run[(r + 2) % kRuns])));
+  }
+  const A pivot = warp_sum(sum, unit.channels) / (kRuns * min(unit.parts, kRunElements));
   return isfinite(pivot) ? pivot : A(0);
 }
 
-// Something for a vector's elements: `a` for the first `split`, `b` for those of the next channel (kPacked).
-template <typename V>
-struct Pick {
-  V a, b;
-  int split;
-  __device__ V operator[](int i) const { return i < split ? a : b; }
-};
-
-template <typename T, typename V>
-__device__ Pick<V> same(V v) { return {v, v, Vector<T>::kSize}; }
-
-// Adds one vector of x to sums of its elements: of each, or of every second, third … one.
-template <typename T, bool kMasked, int kSums, typename A>
-__device__ void add_vector(Sums<A> (&sums)[kSums], const Vector<T>& x, const Place<T, kMasked>& place, const Pick<A>& pivot) {
-#pragma unroll
-  for (int i = 0; i < Vector<T>::kSize; ++i) {
-    const A d = place.has(i) ? widen(x.get(i)) - pivot[i] : A(0);
-    sums[i % kSums].s1 += d;
-    sums[i % kSums].s2 += d * d;
-  }
-}
-
-// The sums of elements begin … end − 1.
-template <typename A, int kSums>
-__device__ Sums<A> add_up(const Sums<A> (&sums)[kSums], int begin = 0, int end = kSums) {
-  Sums<A> all;
-#pragma unroll
-  for (int i = 0; i < kSums; ++i)
-    if (i >= begin && i < end) all.add(sums[i]);
-  return all;
-}
-
-// y = (x − mean)·scale + shift for one vector, where shift holds beta and what the rounded mean left over. The mean
-// goes first: folded into the shift, it would take digits along where |mean| ≫ std.
-template <typename T, bool kMasked, typename A>
-__device__ void normalise(const Block& b, const Vector<T>& x, const Place<T, kMasked>& place, const Pick<Result<A>>& r) {
-  A normal[Vector<T>::kSize];
-#pragma unroll
-  for (int i = 0; i < Vector<T>::kSize; ++i) normal[i] = (widen(x.get(i)) - r[i].mean) * r[i].scale + r[i].shift;
-  const Vector<T> y = make_vector<T>(normal);
-  T* const to = static_cast<T*>(b.a.call.y) + place.element;
-  if (!kMasked || place.count() == Vector<T>::kSize) {
-    store_vector(reinterpret_cast<Vector<T>*>(to), y, b.a.plan.streamed > 0);
-  } else {
-#pragma unroll
-    for (int i = 0; i < Vector<T>::kSize; ++i)
-      if (place.has(i)) to[i] = y.get(i);
-  }
-}
-
-// ---------------------------------------------------------------------------------------------
-// Roles: what each warp of a block does, over all channels of its team
-// ---------------------------------------------------------------------------------------------
-template <typename T>
-__device__ Vector<T>* tile_at(const Block& b, int slot) {
-  return reinterpret_cast<Vector<T>*>(b.shared.ring) + unsigned(slot) * b.a.plan.tile_vectors;
-}
-
-// Calls use(v, vector) for a tile's vectors first, first + step … up to `end`, kAtOnce at a time.
-template <int kAtOnce, typename T, typename Use>
-__device__ void for_each_vector(const Vector<T>* tile, unsigned first, unsigned end, unsigned step, Use use) {
-  unsigned v = first;
-#pragma unroll 1
-  for (; v + step * (kAtOnce - 1) < end; v += step * kAtOnce) {
-    Vector<T> x[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) x[i] = tile[v + step * i];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) use(v + step * i, x[i]);
-  }
-#pragma unroll
-  for (int i = 0; i < kAtOnce; ++i)
-    if (v + step * i < end) use(v + step * i, tile[v + step * i]);
-}
-
-// What lies past the end of x is not read.
-template <typename T, bool kMasked>
-__device__ bool inside(const Block& b, const Place<T, kMasked>& from) {
-  return !kMasked || from.element + Vector<T>::kSize <= b.a.call.N * b.a.call.C * b.a.call.HW;
-}
-
-// Loads one vector of x: into a register, or some time later into shared memory.
-template <typename T, bool kMasked>
-__device__ Vector<T> load(const Block& b, const Place<T, kMasked>& from, Policy policy) {
-  if (inside(b, from)) return load_vector(reinterpret_cast<const Vector<T>*>(static_cast<const T*>(b.a.call.x) + from.element), policy);
-  return elementwise(b, from);
-}
-
-template <typename T, bool kMasked>
-__device__ void fetch(const Block& b, const Place<T, kMasked>& from, Vector<T>* to, Policy policy) {
-  if (inside(b, from)) copy_16(to, static_cast<const T*>(b.a.call.x) + from.element, policy);
-  else *to = elementwise(b, from);
-}
-
-// Sends a tile on its way into a slot of the ring: by the copy engine, a warp for all, or by `producers` warps.
-template <typename T, bool kMasked>
-__device__ void send(const Block& b, const Tile& tile, int slot, int warp, Policy policy) {
-  const Plan& p = b.a.plan;
-  const T* const x = static_cast<const T*>(b.a.call.x);
-  Barrier* const full = &b.shared.full[slot];
-  Vector<T>* const to = tile_at<T>(b, slot);
-  if (p.bulk) {
-    unsigned count = tile.count;
-    while (kMasked && count > 0) {
-      const Place<T, kMasked> last(b, tile, count - 1);
-      if (inside(b, last)) break;
-      --count;
-      if (b.lane == 0) to[count] = elementwise(b, last);
-    }
-    if (b.lane == 0) barrier_arrive_expect(full, count * kVectorBytes);
-    const unsigned behind = tile.offset + count;
-    if (behind <= p.plane_vectors) {  // within one plane
-      if (b.lane == 0 && count > 0) copy_bulk(to, x + first_element<T, kMasked>(b, tile), count * kVectorBytes, full, policy);
-      return;
-    }
-    __syncwarp();  // the bytes are announced before they are sent for
-    for (unsigned plane = b.lane * p.plane_vectors; plane < behind; plane += 32 * p.plane_vectors) {  // a copy each
-      const unsigned begin = max(plane, tile.offset) - tile.offset, end = min(plane + p.plane_vectors, behind) - tile.offset;
-      if (begin < end) copy_bulk(to + begin, x + Place<T, kMasked>(b, tile, begin).element, (end - begin) * kVectorBytes, full, policy);
-    }
-  } else {
-#pragma unroll 2
-    for (unsigned v = warp * 32 + b.lane; v < tile.count; v += p.producers * 32) fetch(b, Place<T, kMasked>(b, tile, v), to + v, policy);
-    copies_arrive(full);
-    barrier_arrive(full);  // for all but the copies, whose own arrival orders nothing else
-  }
-}
-
-// The whole warp has read a tile. Each lane says so for itself: one for all would need the warp's barrier, which compilers leave
-// out where lanes run together anyway, and then compute-sanitizer sees no order.
-__device__ void release(const Block& b, int slot) { barrier_arrive(&b.shared.empty[slot]); }
-
-// Producer: keeps the ring full. Without the copy engine, several warps share each tile.
-template <typename T, bool kMasked>
-struct Producer {
-  const Block& b;
-  const int warp;
-  int64_t channel = b.first_channel;
-  Tile tile{b, channel, 0};
-  int index = 0, sent = 0;  // of the tile in its channel; in all
-  RingPosition position, landing;
-  const Policy keep_first = make_policy(Keep::kFirst), keep_last = make_policy(Keep::kLast);
-
-  __device__ Producer(const Block& b, int warp) : b(b), warp(warp) {}
-
-  // Sends tiles on their way until all have been sent, or `most` in all.
-  __device__ void run(int most) {
-    const Plan& p = b.a.plan;
-#pragma unroll 1
-    for (; channel < b.a.call.C && sent != most; ++sent) {
-      barrier_wait(&b.shared.empty[position.slot], position.parity ^ 1);
-      if (sent >= p.in_flight) {  // more at once would make the blocks drift apart, which costs DRAM locality
-        barrier_wait(&b.shared.full[landing.slot], landing.parity);
-        landing.advance(1, p.slots);
-      }
-      __syncwarp();  // else the slot could come round again before a slow lane has looked
-      const bool again = index >= p.held && index < p.held + p.streamed;
-      send<T, kMasked>(b, tile, position.slot, warp, again || p.streamed == 0 ? keep_last : keep_first);
-      position.advance(1, p.slots);
-      if (++index == p.tiles) {
-        index = 0;
-        channel += p.teams;
-        tile = Tile(b, channel, 0);
-      } else {
-        tile.advance(b);
-      }
-    }
-  }
-};
-
-// A statistics warp's sums over its tiles of one channel.
-template <typename T, bool kMasked, int kAtOnce, typename A = typename Accumulator<T>::type>
-struct Summary {
-  const Block& b;
-  const A pivot;
-  Sums<A> sums;
-
-  __device__ void add(const Vector<T>* vectors, const Tile& tile, unsigned first, unsigned step) {
-    Sums<A> part[kAtOnce];  // of one tile: rounding errors of short sums stay short
-    for_each_vector<kAtOnce>(vectors, first, tile.count, step,
-                             [&](unsigned v, const Vector<T>& x) { add_vector(part, x, Place<T, kMasked>(b, tile, v), same<T>(pivot)); });
-    sums.add(add_up(part));
-  }
-
-  __device__ void publish(Partial<A>* partial, Barrier* summed) {
-    const Sums<A> warp = warp_sum(sums);
-    if (b.lane == 0) *partial = Partial<A>{pivot, warp};
-    barrier_arrive(summed);  // all lanes, which have read tiles that other warps then let go
-  }
-};
-
-template <typename A>
-__device__ Partial<A>* partial_at(const Block& b, int channel_slot, int index) {
-  return static_cast<Partial<A>*>(b.shared.partial) + channel_slot * b.a.plan.statistics + index;
-}
-
-template <typename A>
-__device__ Result<A> wait_for_result(const Block& b, RingPosition at) {
-  barrier_wait(&b.shared.ready[at.slot], at.parity);
-  return static_cast<const Result<A>*>(b.shared.result)[at.slot];
-}
-
-// Statistics. All warps share each tile.
-template <typename T, bool kMasked>
-__device__ void summarise(const Block& b, int warp, T sample) {
-  using A = typename Accumulator<T>::type;
-  const Plan& p = b.a.plan;
-  RingPosition position, at;
-  for (int64_t channel = b.first_channel; channel < b.a.call.C; channel += p.teams) {
-    Summary<T, kMasked, kAtOnce> summary{b, pivot_of(widen(sample))};
-    sample = load_sample<T>(b, channel + p.teams);
-    Tile tile(b, channel, 0);
-    for (int t = 0; t < p.tiles; ++t, tile.advance(b)) {
-      barrier_wait(&b.shared.full[position.slot], position.parity);
-      summary.add(tile_at<T>(b, position.slot), tile, warp * 32 + b.lane, p.statistics * 32);
-      position.advance(1, p.slots);
-    }
-    summary.publish(partial_at<A>(b, at.slot, warp), &b.shared.summed[at.slot]);
-    at.advance(1, p.channel_slots);
-  }
-}
-
-// Statistics and store in one, for channels that the ring cannot hold: each thread keeps its vectors of the first tiles in
-// registers, leaves the last tiles in the ring, lets the others go, and when the result is there stores the first, then the
-// last, and reads the others again.
-template <typename T, bool kMasked>
-__device__ void hold(const Block& b, int warp, T sample) {
-  using A = typename Accumulator<T>::type;
-  constexpr int kTiles = kHeldTiles<T, kMasked>;
-  const Plan& p = b.a.plan;
-  const unsigned lane = warp * 32 + b.lane, lanes = p.statistics * 32;
-  const int kept = p.held + p.streamed;  // the first of the tiles that stay in the ring
-  RingPosition position, at;
-  for (int64_t channel = b.first_channel; channel < b.a.call.C; channel += p.teams) {
-    Vector<T> held[kTiles][kHoldVectors];
-    // Calls use(vector, v) for this thread's vectors of one of the tiles in registers.
-    const auto each_held = [&](Vector<T> (&vectors)[kHoldVectors], const Tile& tile, auto use) {
-#pragma unroll
-      for (int i = 0; i < kHoldVectors; ++i) {
-        const unsigned v = lane + lanes * i;
-        if (v < tile.count) use(vectors[i], v);
-      }
-    };
-    Summary<T, kMasked, kHoldVectors> summary{b, pivot_of(widen(sample))};
-    sample = load_sample<T>(b, channel + p.teams);
-    Tile tile(b, channel, 0);
-#pragma unroll
-    for (int h = 0; h < kTiles; ++h, tile.advance(b)) {
-      barrier_wait(&b.shared.full[position.slot], position.parity);
-      Sums<A> part[2];
-      each_held(held[h], tile, [&](Vector<T>& x, unsigned v) {
-        x = tile_at<T>(b, position.slot)[v];
-        add_vector(part, x, Place<T, kMasked>(b, tile, v), same<T>(summary.pivot));
-      });
-      summary.sums.add(add_up(part));
-      release(b, position.slot);
-      position.advance(1, p.slots);
-    }
-    RingPosition to_store;
-#pragma unroll 1
-    for (int t = p.held; t < p.tiles; ++t, tile.advance(b)) {
-      barrier_wait(&b.shared.full[position.slot], position.parity);
-      summary.add(tile_at<T>(b, position.slot), tile, lane, lanes);
-      if (t < kept) release(b, position.slot);
-      else if (t == kept) to_store = position;
-      position.advance(1, p.slots);
-    }
-    summary.publish(partial_at<A>(b, at.slot, warp), &b.shared.summed[at.slot]);
-
-    const auto result = same<T>(wait_for_result<A>(b, at));
-    at.advance(1, p.channel_slots);
-    // As soon as a tile in registers is stored, a streamed one comes into its place; meanwhile the ring's are stored.
-    Tile stored(b, channel, 0);
-#pragma unroll 1
-    for (int first = 0; first < kept; first += p.held) {
-#pragma unroll
-      for (int h = 0; h < kTiles; ++h, stored.advance(b)) {
-        if (first + h < kept)
-          each_held(held[h], stored, [&](const Vector<T>& x, unsigned v) { normalise(b, x, Place<T, kMasked>(b, stored, v), result); });
-        if (const int next = first + h + p.held; next < kept) {
-          const Tile streamed(b, channel, next);
-          each_held(held[h], streamed, [&](Vector<T>& x, unsigned v) { x = load(b, Place<T, kMasked>(b, streamed, v), make_policy(Keep::kFirst)); });
-        }
-      }
-      if (first == 0) {
-        tile = Tile(b, channel, kept);
-        for (int t = kept; t < p.tiles; ++t, tile.advance(b)) {
-          for_each_vector<kHoldVectors>(tile_at<T>(b, to_store.slot), lane, tile.count, lanes,
-                                        [&](unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, kMasked>(b, tile, v), result); });
-          release(b, to_store.slot);
-          to_store.advance(1, p.slots);
-        }
-      }
-    }
-  }
-}
-
-// The team's sums, from this block's: publish, wait until all have, gather, add in the order of the ranks. The count
-// orders nothing: each word itself says whether it has arrived, by −s2, whose sign bit is set even if s2 is 0.
-template <int kPerLane>
-__device__ Sums<double> exchange(const Block& b, int64_t channel, const Sums<double>& own) {
-  const int lane = b.lane, team = b.a.plan.team;
-  Word* const published = b.a.scratch + channel * b.a.plan.channel_words;  // counts the blocks
-  Word* const words = published + kLineWords;
-  if (lane == 0) {
-    store_word(&words[b.rank], Word{own.s1, (unsigned long long)__double_as_longlong(-own.s2)});
-    add_one(&published->tag);
-    while (load_word(published).tag < team) nap();  // one word a block: all words, again and again, would take L2's time
-  }
-  __syncwarp();
-  Word word[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) word[i] = Word{0, lane + 32 * i < team ? 0 : (unsigned long long)__double_as_longlong(-0.0)};
-  for (bool missing = true; missing;) {
-    missing = false;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-      if (word[i].tag == 0) word[i] = load_word(&words[lane + 32 * i]);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) missing = missing || word[i].tag == 0;
-  }
-  __syncwarp();
-  Sums<double> sums;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) sums.add(Sums<double>{word[i].value, -__longlong_as_double(word[i].tag)});
-  return warp_sum(sums);
-}
-
-// Mean and inv_std = 1 / √(var + eps) of a channel, and m2 = Σ (x − mean)².
 struct Moments {
-  double mean, inv_std, m2;
-  __device__ Moments(const Arguments& a, double pivot, const Sums<double>& sums) {
-    const double offset = sums.s1 * a.plan.per_element;
-    mean = pivot + offset;
-    m2 = sums.s2 - sums.s1 * offset;
-    if (m2 < 0) m2 = 0;  // rounding, in a constant channel; NaN stays
-    inv_std = rsqrt(m2 * a.plan.per_element + a.call.eps);
-  }
+  double mean, var, m2;  // m2: Σ (x − mean)²
 };
 
-// What of the parameters and buffers a channel needs, by one thread; loaded before it is needed, since that takes long.
-template <typename T, typename A = typename Accumulator<T>::type>
+__device__ Moments batch_moments(const Arguments& a, double pivot, double s1, double s2) {
+  const double offset = s1 * a.per_element;
+  double m2 = s2 - s1 * offset;
+  if (m2 < 0) m2 = 0;  // rounding, in a constant channel; NaN stays
+  return {pivot + offset, m2 * a.per_element, m2};
+}
+
+// What of the parameters and buffers a channel needs.
+template <typename T>
 struct Channel {
-  const FusedBatchNormCall& call;
-  const int c;
+  using A = typename Accumulator<T>::type;
   Parameter<T> gamma, beta, running_mean, running_var;
 
-  __device__ Channel(const FusedBatchNormCall& call, int c, bool needed, bool running) : call(call), c(c) {
-    if (needed && call.gamma) {
-      gamma.load(call.gamma, c, call.affine_float);
-      beta.load(call.beta, c, call.affine_float);
-    }
-    if (needed && running && call.running_mean) {
-      running_mean.load(call.running_mean, c, call.running_float);
-      running_var.load(call.running_var, c, call.running_float);
-    }
-  }
-
-  __device__ Result<A> result(double mean, double inv_std) const {
+  __device__ Result<A> result(const FusedBatchNormCall& call, double mean, double inv_std) const {
     double scale = inv_std, shift = 0;
     if (call.gamma) {
       scale *= gamma.value(call.affine_float);
@@ -1016,268 +1164,243 @@ struct Channel {
     return {A(mean), A(scale), A(shift - (mean - A(mean)) * scale)};
   }
 
-  // By one thread: what backward needs, and the new running statistics.
-  __device__ void save(const Plan& p, const Moments& moments, double factor) const {
+  // What backward needs, and the new running statistics, with `factor` for the new value's weight.
+  __device__ void save(const Arguments& a, int c, const Moments& moments, double inv_std,
+                       double factor) const {
+    const FusedBatchNormCall& call = a.call;
     static_cast<A*>(call.mean)[c] = A(moments.mean);
-    static_cast<A*>(call.inv_std)[c] = A(moments.inv_std);
+    static_cast<A*>(call.inv_std)[c] = A(inv_std);
     if (call.running_mean) {
-      const double unbiased = moments.m2 * p.per_element_but_one;
-      store_parameter<T>(call.running_mean, c, call.running_float, (1 - factor) * running_mean.value(call.running_float) + factor * moments.mean);
-      store_parameter<T>(call.running_var, c, call.running_float, (1 - factor) * running_var.value(call.running_float) + factor * unbiased);
+      const double unbiased = moments.m2 * a.per_element_but_one;
+      store_parameter<T>(
+          call.running_mean, c, call.running_float,
+          (1 - factor) * running_mean.value(call.running_float) + factor * moments.mean);
+      store_parameter<T>(call.running_var, c, call.running_float,
+                         (1 - factor) * running_var.value(call.running_float) + factor * unbiased);
     }
   }
 };
 
-// Exchange: from the warps' sums to the team's, and to what the store warps need. Each warp takes whole channels.
-template <typename T>
-__device__ void finish(const Block& b, int warp, double factor) {
-  using A = typename Accumulator<T>::type;
-  const Plan& p = b.a.plan;
-  const FusedBatchNormCall& call = b.a.call;
-  RingPosition at;
-  at.advance(warp, p.channel_slots);
-  for (int64_t channel = b.first_channel + int64_t(warp) * p.teams; channel < call.C; channel += int64_t(p.exchangers) * p.teams) {
-    const Channel<T> parameters(call, channel, b.lane == 0, b.rank == 0);
-    barrier_wait(&b.shared.summed[at.slot], at.parity);
-    const Partial<A>* const partial = partial_at<A>(b, at.slot, 0);
-    const double pivot = partial->pivot;
-    Sums<double> sums;
-    if (b.lane < p.statistics) sums.add(partial[b.lane].sums);
-    sums = warp_sum(sums);
-    if (p.team > 1) sums = exchange<kTeamPerLane>(b, channel, sums);
-    const Moments moments(b.a, pivot, sums);
-    if (b.lane == 0) static_cast<Result<A>*>(b.shared.result)[at.slot] = parameters.result(moments.mean, moments.inv_std);
-    barrier_arrive(&b.shared.ready[at.slot]);  // all lanes, which have read partials that later channels overwrite
-    if (b.lane == 0 && b.rank == 0) parameters.save(p, moments, factor);
-    at.advance(p.exchangers, p.channel_slots);
-  }
-}
-
-// Store: y for the tiles in the ring. All warps share each tile.
-template <typename T, bool kMasked>
-__device__ void store(const Block& b, int warp) {
-  using A = typename Accumulator<T>::type;
-  const Plan& p = b.a.plan;
-  RingPosition position, at;
-  for (int64_t channel = b.first_channel; channel < b.a.call.C; channel += p.teams) {
-    const auto result = same<T>(wait_for_result<A>(b, at));
-    Tile tile(b, channel, 0);
-    for (int t = 0; t < p.tiles; ++t, tile.advance(b)) {
-      barrier_wait(&b.shared.full[position.slot], position.parity);
-      for_each_vector<kAtOnce>(tile_at<T>(b, position.slot), warp * 32 + b.lane, tile.count, p.storers * 32,
-                               [&](unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, kMasked>(b, tile, v), result); });
-      release(b, position.slot);
-      position.advance(1, p.slots);
-    }
-    at.advance(1, p.channel_slots);
-  }
-}
-
-// Resident and packed: no roles, no ring; each thread loads, sums and stores vectors of its own. Warps 0 … pack − 1 look
-// after one channel each where it is about sums, not vectors. `wait_for_grid`: before a team of a cooperative launch exchanges.
-template <typename T, bool kMasked, bool kPacked, typename Wait>
-__device__ void resident(const Block& b, Wait wait_for_grid) {
-  using A = typename Accumulator<T>::type;
-  constexpr int kSize = Vector<T>::kSize, kHeld = resident_held(kSize, kPacked);
-  const Plan& p = b.a.plan;
-  const FusedBatchNormCall& call = b.a.call;
-  const int warp = threadIdx.x / 32, channel = b.first_channel * p.pack + warp;
-  const bool looks_after = warp < p.pack && channel < call.C, leads = looks_after && b.lane == 0;
-  const T sample = load_sample<T>(b, !kPacked ? b.first_channel : looks_after ? channel : call.C);
-  const Channel<T> parameters(call, channel, leads, b.rank == 0 || !call.training);
-
-  // In shared memory, behind x: [pack][team] sums of a cluster's blocks, [pack] pivots and results, the barrier that the
-  // cluster's sums come to, sums of the threads or warps.
-  const Tile share(b, b.first_channel, 0);
-  Vector<T>* const kept = tile_at<T>(b, 0);
-  auto* const team_sums = reinterpret_cast<Sums<double>*>(kept + p.kept_vectors);
-  auto* const results = reinterpret_cast<Result<A>*>(team_sums + kMaxPack * kMaxCluster);
-  auto* const pivots = reinterpret_cast<A*>(results + kMaxPack);
-  auto* const gathered = reinterpret_cast<Barrier*>(pivots + kMaxPack);
-  auto* const partial = reinterpret_cast<Pick<Sums<A>>*>(gathered + 1);
-  if (p.cluster) {
-    if (threadIdx.x == 0) {
-      barrier_init(gathered, 1);
-      barrier_init_fence();
-      barrier_arrive_expect(gathered, p.pack * p.team * sizeof(Sums<double>));
-    }
-    __syncwarp();      // .aligned: the warp's threads come to it together
-    cluster_arrive();  // waited for below: then the peers are there
-  }
-  // In step, the blocks of a multiprocessor would all load, then all store, and memory would rest in between.
-  if (const int turn = divide(b.first_channel, p.by_turn); turn < p.turns) rest(int64_t(turn) * p.turn_cycles);
-
-  // A thread's vectors lie `threads` apart, so in packed planes all of them at the same place of the plane: the end of one
-  // channel (`first` of the pack), from element `split` on the next one.
-  const auto element_of = [&](unsigned thread) { return (thread - divide(thread, p.by_plane_vectors) * p.plane_vectors) * kSize; };
-  const int first = kPacked ? divide(element_of(threadIdx.x), p.by_channel) : 0, next = min(first + 1, p.pack - 1);
-  const int split = kPacked ? min(int((first + 1) * call.HW - element_of(threadIdx.x)), kSize) : kSize;
-  const auto pick = [&](const auto* values) { return Pick<std::decay_t<decltype(*values)>>{values[first], values[next], split}; };
-
-  // Calls use(vector, place) for this thread's first kHeld vectors, in registers; for the others, in shared memory, in two groups,
-  // the first of which can be summed while the second still lands: then(), behind each.
-  const unsigned thread = threadIdx.x - 32 * p.exchangers, end = thread < p.threads ? share.count : 0, behind = kHeld * p.threads;
-  const Place<T, kMasked> own(b, share, thread);
-  const auto place_of = [&](unsigned v, int i) {
-    if (!kPacked) return Place<T, kMasked>(b, share, v);
-    Place<T, kMasked> place = own;
-    place.element += i * p.step_elements;
-    return place;
+// A channel's sums over the block.
+template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
+__device__ Sums<A> block_sums(const Block<T>& b, const Unit<T, kLayout>& unit, int i) {
+  constexpr int kSize = Vector<T>::kSize;
+  const Sums<A>* const partial = b.partial(i);
+  const int row = b.layout.partial_row, rows = b.layout.partial_rows;
+  Sums<A> sums;
+  // Adds entry `at` of rows first, first + step …
+  const auto add_rows = [&](unsigned at, int first, int step) {
+#pragma unroll 1
+    for (int r = first; r < rows; r += step) sums.add(partial[r * row + at]);
   };
-  Vector<T> held[kHeld];
-  const auto each_held = [&](auto use) {
+  if constexpr (!has_columns(kLayout)) {
+    if (b.lane < rows) sums.add(partial[b.lane]);
+  } else if (unit.local >= b.p.channels) {
+  } else if constexpr (kLayout ==
+                       kPackedPlanes) {  // lanes share the columns of the channel's plane
+    const unsigned first = unit.local * unsigned(b.call.HW), end = first + unsigned(b.call.HW);
+#pragma unroll 1
+    for (unsigned c = first / kSize + unit.part; c * kSize < end; c += unit.parts)
+      add_rows(2 * c + (c * kSize < first), 0, 1);
+  } else {  // they share the rows; each pixel has an entry
+    const unsigned C = b.call.C, pixel = b.p.pixel.divisor;
+#pragma unroll 1
+    for (unsigned j = 0; j < b.p.pixels; ++j)
+      add_rows(pixel == b.p.width.divisor
+                   ? (j * C + b.a.shift + unit.local) % (pixel * kSize)
+                   : j * pixel * kSize + (j * C + b.a.shift) % kSize + unit.local,
+               unit.part, unit.parts);
+  }
+  return warp_sum(sums, unit.channels);
+}
+
+// From a block's sums to its cluster's: each block sends them to all.
+template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
+__device__ Sums<A> cluster_sums(const Block<T>& b, const Unit<T, kLayout>& unit,
+                                const Sums<A>& own) {
+  const int team = b.p.team.divisor;
+  SumSlot<A>* const slots = b.template at<SumSlot<A>>(b.layout.message_at) + unit.local * team;
+  const bool exists = unit.local < b.p.channels;
+#pragma unroll 1
+  for (int rank = unit.part; exists && rank < team; rank += unit.parts)
+    st_async(&slots[b.rank], rank, SumSlot<A>{own.s1, -own.s2}, b.gathered());
+  mbarrier_wait_cluster(b.gathered(), 0);
+  Sums<A> sums;
+#pragma unroll 1
+  for (int rank = unit.part; exists && rank < team; rank += unit.parts)
+    sums.add(Sums<A>{slots[rank].s1, -slots[rank].minus_s2});
+  return warp_sum(sums, unit.channels);
+}
+
+// From a block's sums to those of a team in the grid: each block leaves them in memory, and adds
+// those of all in the order of their ranks. The count orders nothing: each slot says whether it has
+// arrived.
+template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
+__device__ Sums<A> grid_sums(const Block<T>& b, const Unit<T, kLayout>& unit, int i,
+                             const Sums<A>& own) {
+  constexpr int kSlots = 5;  // on their way to a lane: 132 blocks in one go
+  const int team = b.p.team.divisor, channels = has_columns(kLayout) ? b.p.channels : 1;
+  const bool exists = unit.local < channels;
+  unsigned char* const group = b.a.scratch + b.group(i) * b.layout.group_bytes;
+  auto* const counter = reinterpret_cast<unsigned long long*>(group + unit.index * kLineBytes);
+  auto* const slots =
+      reinterpret_cast<SumSlot<A>*>(group + b.layout.units * kLineBytes) + unit.local;
+  if (exists && unit.part == 0) st_relaxed(&slots[b.rank * channels], SumSlot<A>{own.s1, -own.s2});
+  if (b.lane == 0) {
+    red_add_relaxed(counter);
+    while (ld_relaxed(counter) < team)
+      nanosleep();  // all slots, again and again, would take L2's time
+  }
+  __syncwarp();
+  Sums<A> sums;
+#pragma unroll 1
+  for (int first = unit.part; exists && first < team; first += kSlots * unit.parts) {
+    SumSlot<A> slot[kSlots];
+    bool complete;
+    do {
+      complete = true;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const unsigned v = thread + i * p.threads;
-      if (v < end) use(held[i], place_of(v, i));
-    }
-  };
-  const auto each_kept = [&](auto use, auto then) {
-#pragma unroll 1
-    for (int group = 0; group < 2; ++group) {
-      int i = kHeld + (group == 0 ? 0 : p.early);
-      const unsigned stop = group == 0 ? min(end, behind + p.early * p.threads) : end;
-#pragma unroll 1
-      for (unsigned v = thread + i * p.threads; v < stop; v += p.threads, ++i) use(kept[v - behind], place_of(v, i));
-      then();
-    }
-  };
-
-  const Policy policy = make_policy(Keep::kLast);
-  each_held([&](Vector<T>& x, const auto& place) { x = load(b, place, policy); });
-  each_kept([&](Vector<T>& x, const auto& place) { fetch(b, place, &x, policy); }, [] { copies_commit(); });
-  __syncwarp();  // or threads that waited for their turn for longer would come apart from their warp
-  if (p.cluster) cluster_wait();
-  if (!call.training) {
-    if (leads) results[warp] = parameters.result(parameters.running_mean.value(call.running_float), rsqrt(parameters.running_var.value(call.running_float) + call.eps));
-    copies_wait<0>();
-  } else {
-    Pick<A> pivot = same<T>(pivot_of(widen(sample)));
-    if (kPacked) {
-      if (leads) pivots[warp] = pivot.a;
-      __syncthreads();
-      pivot = pick(pivots);
-    }
-    Sums<A> part[kSize];
-    const auto add = [&](const Vector<T>& x, const auto& place) { add_vector(part, x, place, pivot); };
-    each_held(add);
-    copies_wait<1>();
-    each_kept(add, [] { copies_wait<0>(); });
-    if (kPacked) {
-      partial[threadIdx.x] = {add_up(part, 0, split), add_up(part, split, kSize), 0};
-    } else {
-      const Sums<A> all = warp_sum(add_up(part));
-      if (b.lane == 0) partial[warp].a = all;
-    }
-    wait_for_grid();
-    __syncthreads();
-    if (looks_after) {
-      Sums<double> sums;
-      if (kPacked) {
-        const unsigned own = warp * unsigned(call.HW), column = own / kSize, columns = (own + unsigned(call.HW) - 1) / kSize + 1 - column;
-        for (unsigned i = b.lane; i < columns * (p.threads / p.plane_vectors); i += 32) {
-          const unsigned row = i / columns, at = column + i - row * columns;
-          const Pick<Sums<A>>& of = partial[row * p.plane_vectors + at];
-          sums.add(at * kSize < own ? of.b : of.a);
-        }
-      } else if (b.lane < int(blockDim.x / 32)) {
-        sums.add(partial[b.lane].a);
+      for (int k = 0; k < kSlots; ++k) {
+        const int rank = first + k * unit.parts;
+        slot[k] = rank < team ? ld_relaxed(&slots[rank * channels]) : SumSlot<A>{0, A(-0.0)};
       }
-      sums = warp_sum(sums);
-      if (p.cluster) {
-        Sums<double>* const of_channel = team_sums + warp * p.team;
-        if (b.lane < p.team) send_to_peer(&of_channel[b.rank], b.lane, sums, gathered);
-        barrier_wait_for_peers(gathered, 0);
-        sums = warp_sum(b.lane < p.team ? of_channel[b.lane] : Sums<double>());
-      }
-      if (!kPacked && p.cooperative) sums = exchange<kResidentTeamPerLane>(b, channel, sums);
-      const Moments moments(b.a, kPacked ? pivots[warp] : pivot.a, sums);
-      if (leads) {
-        results[warp] = parameters.result(moments.mean, moments.inv_std);
-        if (b.rank == 0) parameters.save(p, moments, call.momentum);
-      }
-    }
+#pragma unroll
+      for (int k = 0; k < kSlots; ++k)
+        complete = complete && (slot[k].minus_s2 != 0 || signbit(slot[k].minus_s2));
+    } while (!complete);
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) sums.add(Sums<A>{slot[k].s1, -slot[k].minus_s2});
   }
-  __syncthreads();
-  if (end == 0) return;
-  const Pick<Result<A>> result = pick(results);
-  const auto store = [&](const Vector<T>& x, const auto& place) { normalise(b, x, place, result); };
-  each_held(store);
-  each_kept(store, [] {});
+  __syncwarp();
+  return warp_sum(sums, unit.channels);
 }
 
-// ---------------------------------------------------------------------------------------------
-// The kernel
-// ---------------------------------------------------------------------------------------------
-template <Structure kStructure>
-constexpr int kBlockThreads = kStructure == kResident ? kResidentThreads : kStructure == kPacked ? kPackedThreads : kStructure == kRing ? kRingThreads : kHoldThreads;
+// A group's pivots, which the workers find behind the result of an earlier one.
+template <typename T, Layout kLayout>
+__device__ void set_pivots(const Block<T>& b, const Unit<T, kLayout>& unit, int i) {
+  if (!b.call.training || i >= b.groups) return;
+  const auto pivot = pivot_of(load_sample(b.a, unit, unit.channel(b, i)), unit);
+  if (unit.leads(b)) b.pivot(i)[unit.local] = pivot;
+}
 
-template <typename T, bool kMasked, Structure kStructure>
-__global__ void __launch_bounds__(kBlockThreads<kStructure>, kStructure <= kPacked ? 2 : 1)
+// Of this lane's channel in group i, if it is the one that needs it.
+template <typename T, Layout kLayout>
+__device__ Channel<T> load_channel(const Block<T>& b, const Unit<T, kLayout>& unit, int i) {
+  const FusedBatchNormCall& call = b.call;
+  const int c = unit.channel(b, i);
+  Channel<T> channel;
+  if (!unit.leads(b) || i >= b.groups || c >= call.C) return channel;
+  if (call.gamma) {
+    channel.gamma.load(call.gamma, c, call.affine_float);
+    channel.beta.load(call.beta, c, call.affine_float);
+  }
+  if (call.running_mean && (b.rank == 0 || !call.training)) {
+    channel.running_mean.load(call.running_mean, c, call.running_float);
+    channel.running_var.load(call.running_var, c, call.running_float);
+  }
+  return channel;
+}
+
+// `channel`: of the first group.
+template <typename T, Layout kLayout>
+__device__ void exchange(const Block<T>& b, const Unit<T, kLayout>& unit, Channel<T> channel,
+                         double factor) {
+  using A = typename Accumulator<T>::type;
+  const Plan& p = b.p;
+  const FusedBatchNormCall& call = b.call;
+  const int sets = p.sets.divisor;
+  const bool leads = unit.leads(b);
+  set_pivots(b, unit, unit.set + sets);
+#pragma unroll 1
+  for (int i = unit.set; i < b.groups; i += sets) {
+    Moments moments;
+    if (call.training) {
+      mbarrier_wait(b.summed(i), b.parity(i));
+      Sums<A> sums = block_sums(b, unit, i);
+      if (p.team_kind == kClusterTeam)
+        sums = cluster_sums(b, unit, sums);
+      else if (p.team.divisor > 1)
+        sums = grid_sums(b, unit, i, sums);
+      moments = batch_moments(b.a, leads ? b.pivot(i)[unit.local] : A(0), sums.s1, sums.s2);
+    } else {
+      moments.mean = channel.running_mean.value(call.running_float);
+      moments.var = channel.running_var.value(call.running_float);
+    }
+    const double inv_std = rsqrt(moments.var + call.eps);
+    if (leads) b.result(i)[unit.local] = channel.result(call, moments.mean, inv_std);
+    mbarrier_arrive(b.ready(i));
+    if (const int c = unit.channel(b, i); call.training && b.rank == 0 && leads && c < call.C)
+      channel.save(b.a, c, moments, inv_std, factor);
+    set_pivots(b, unit, i + 2 * sets);
+    channel = load_channel(b, unit, i + sets);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+// The kernel
+// -------------------------------------------------------------------------------------------------
+template <typename T, Layout kLayout, bool kMany>
+__global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kMany, kLean))
     fused_batch_norm_forward_kernel(const __grid_constant__ Arguments a) {
-  const Block b(a);
+  using A = typename Accumulator<T>::type;
+  const Block<T> b(a);
   const Plan& p = a.plan;
   const FusedBatchNormCall& call = a.call;
-  const int warp = threadIdx.x / 32;
-
-  if (kStructure > kPacked && b.lane == 0) {  // one barrier after the other is faster than a warp's lanes at once
-    const int warps = blockDim.x / 32;
-    for (int s = warp; s < p.slots; s += warps) {
-      barrier_init(&b.shared.full[s], p.bulk ? 1 : p.producers * 64);
-      barrier_init(&b.shared.empty[s], 32 * (p.storers > 0 ? p.storers : p.statistics));
+  if (threadIdx.x == 0) {
+#pragma unroll 1
+    for (int i = 0; i < int(p.sets.divisor); ++i) {
+      mbarrier_init(b.summed(i), blockDim.x - 32 * p.exchange_warps);
+      mbarrier_init(b.ready(i), 32 * b.layout.units);
     }
-    for (int s = warp; s < p.channel_slots; s += warps) {
-      barrier_init(&b.shared.summed[s], 32 * p.statistics);
-      barrier_init(&b.shared.ready[s], 32);
-    }
-    barrier_init_fence();
+    mbarrier_init(b.gathered(), 1);
+    fence_mbarrier_init();
+    if (p.team_kind == kClusterTeam)
+      mbarrier_arrive_expect_tx(b.gathered(), p.channels * p.team.divisor * sizeof(SumSlot<A>));
   }
+  __syncwarp();  // whole warps, as the cluster's aligned barrier needs them
+  if (p.team_kind == kClusterTeam) barrier_cluster_arrive();
   double factor = call.momentum;  // of the new value in the running buffers
-  if (call.cumulative) factor = call.num_batches_tracked ? 1.0 / double(*call.num_batches_tracked + 1) : 0;
-  if (p.cooperative) {
-    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < p.scratch_words; i += int64_t(p.team) * p.teams * blockDim.x)
-      store_word(&a.scratch[i], Word{0, 0});
-  }
+  if (call.cumulative)
+    factor = call.num_batches_tracked ? 1.0 / double(*call.num_batches_tracked + 1) : 0;
   const auto grid = cooperative_groups::this_grid();
   unsigned arrival = 0;
-  if (p.cooperative) arrival = grid.barrier_arrive();
-  const auto wait_for_grid = [&] {  // in training, before any exchange
-    if (p.cooperative) grid.barrier_wait(std::move(arrival));  // else words could be wiped that a block has published, or the counter read late
-    if (call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) add_one(call.num_batches_tracked);
-  };
-  if constexpr (kStructure <= kPacked) return resident<T, kMasked, kStructure == kPacked>(b, wait_for_grid);
-
-  __syncthreads();  // else a warp may wait on a barrier that is not there yet
-  int role = warp - p.exchangers;  // warp 0 loads nothing: the grid's barrier has kept its first thread
-  const auto sample = load_sample<T>(b, role < p.producers ? call.C : b.first_channel);
-  Producer<T, kMasked> producer(b, role);
-  if (role >= 0 && role < p.producers) producer.run(p.in_flight);  // the first tiles travel while the grid gathers
-  wait_for_grid();
-
-  if (role < 0) {
-    finish<T>(b, warp, factor);
-  } else if (role < p.producers) {
-    producer.run(-1);
-  } else if ((role -= p.producers) < p.storers) {
-    if constexpr (kStructure == kRing) store<T, kMasked>(b, role);
-  } else {
-    role -= p.storers;
-    if constexpr (kStructure == kHold) hold<T, kMasked>(b, role, sample);
-    else summarise<T, kMasked>(b, role, sample);
+  if (p.team_kind == kGridTeam) {
+    auto* const slots = reinterpret_cast<SumSlot<A>*>(a.scratch);
+    const int64_t count = p.groups * b.layout.group_bytes / sizeof(SumSlot<A>),
+                  step = int64_t(gridDim.x) * blockDim.x;
+#pragma unroll 1
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step)
+      st_relaxed(&slots[i], SumSlot<A>{0, 0});
+    arrival = grid.barrier_arrive();
   }
+  const Unit<T, kLayout> unit(b);
+  // Sent for before x itself takes all of memory's time.
+  if (b.warp < p.exchange_warps) set_pivots(b, unit, unit.set);
+  // Behind the first sums, before any exchange.
+  const auto meet = [&] {
+    __syncwarp();
+    if (p.team_kind == kClusterTeam)
+      barrier_cluster_wait();      // peers are there, with their mbarriers
+    if (p.team_kind == kGridTeam)  // no scratch is zeroed any more, the counter has been read
+      grid.barrier_wait(std::move(arrival));
+    if (call.training && call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0)
+      red_add_relaxed(call.num_batches_tracked);
+  };
+  // What the first group's channels need takes long to come: it is sent for ahead of their sums.
+  const auto prepare = [&] { return load_channel(b, unit, unit.set); };
+  work<T, kLayout, kMany>(b, prepare, meet,
+                          [&](const Channel<T>& channel) { exchange(b, unit, channel, factor); });
 }
 
-// ---------------------------------------------------------------------------------------------
-// Plan: shape and device in, launch configuration out
-// ---------------------------------------------------------------------------------------------
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
+// -------------------------------------------------------------------------------------------------
+// The plan: shape and device in, launch configuration out
+// -------------------------------------------------------------------------------------------------
 struct Device {
-  int multiprocessors, shared_bytes, reserved_bytes;  // of shared memory, that a block may have; that it costs besides
-  int architecture = 0;  // what the kernel was compiled for: 10·major + minor
+  int multiprocessors, shared_bytes,
+      reserved_bytes;  // of shared memory, a block's; its cost besides
+  int architecture;    // what the kernel was compiled for: 10·major + minor
   cudaError_t error;
 
-  // Attributes of the device alone: to ask for a kernel's takes longer than all of these.
   Device() {
     int ordinal, major, minor;
     error = cudaGetDevice(&ordinal);
@@ -1291,268 +1414,458 @@ struct Device {
     get(minor, cudaDevAttrComputeCapabilityMinor);
     if (error) return;
     for (const int compiled : {__CUDA_ARCH_LIST__})  // nvcc's own, in hundreds
-      if (compiled / 10 <= 10 * major + minor) architecture = std::max(architecture, compiled / 10);
+      if (compiled / 10 <= 10 * major + minor) architecture = compiled / 10;
   }
 };
 
-// What a block moves and waits for, all in bytes (measured on an H200).
-constexpr int64_t kTileBytes = 16 * 1024;      // of a tile, at most: larger ones cost grain
-constexpr int64_t kLeastTileBytes = 8000;      // at least, if it can be: smaller ones cost barriers
-constexpr int64_t kFlightBytes = 48 * 1024;    // on their way to one block
-constexpr int64_t kRoundBytes = 4 * 1024;      // what a channel costs beside its bytes
-constexpr int64_t kWaitBytes = 48 * 1024;      // what an exchange costs that no other work hides
-constexpr int64_t kEvalBytes = 28 * 1024;      // of a block in eval mode, where no block waits for another
-constexpr int64_t kBytesPerCycle = 16;         // that memory has for a multiprocessor in a clock cycle, beside what it writes
-constexpr int64_t kTurnsCycles = 5200;         // that reading x takes at least where blocks start in turns
-constexpr int64_t kBlockBytes = 72 * 1024;     // of a block where there are clusters: three of them fit on a multiprocessor
+// What a block moves and waits for (measured on an H100 and an H200).
+constexpr int64_t kRoundBytes = 4 * 1024;   // what a group costs beside its bytes
+constexpr int64_t kAloneBytes = 32 * 1024;  // of a group that a block takes alone
+constexpr int64_t kEvalBytes = 28 * 1024;   // of a block in eval mode: none waits for another
+constexpr int64_t kBlockBytes = 72 * 1024;  // of a block where there are clusters: three fit
+constexpr int64_t kBytesPerCycle = 16;      // that a multiprocessor reads, beside what it writes
+constexpr int64_t kStaggerCycles = 5200;    // of reading x, at least, where blocks are staggered
+// Rows of a thread in a block with one group: the fewest with which all blocks are there at once.
+constexpr int kFewRows = 10, kSmallRows = 14, kMoreRows = 18;
+constexpr int kPixelRows = 4;  // of the smallest channels-last groups
 
-Divisor divisor(int64_t d) {
-  Divisor by = {};
-  while ((int64_t(1) << by.shift) < d) ++by.shift;
-  by.magic = unsigned(ceil_div(int64_t(1) << (31 + by.shift), d));
-  return by;
+FastDivmod fast_divmod(int64_t divisor) {
+  unsigned shift = 0;
+  while ((int64_t(1) << shift) < divisor) ++shift;
+  const int64_t magic = ((int64_t(1) << (31 + shift)) + divisor - 1) / divisor;
+  return {unsigned(divisor), unsigned(magic), shift};
 }
 
-// `size`: elements of a vector; `masked`: planes do not start and end at vectors; `held_tiles`: that stay in registers.
-Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size, bool masked, int held_tiles) {
-  Plan bare = {};
-  bare.per_element = 1 / (double(call.N) * double(call.HW));
-  bare.per_element_but_one = 1 / (double(call.N) * double(call.HW) - 1);
-  Plan p = bare;
-  const auto set_planes = [&](int pack, bool covered) {
-    p.pack = pack;
-    p.packs = call.C / pack;
-    p.plane = call.HW * pack;
-    p.plane_vectors = unsigned(std::max<int64_t>(covered ? (p.plane + size - 2) / size + 1 : p.plane / size, 1));
-    p.channel_vectors = call.C > 0 ? unsigned(call.N * p.plane_vectors) : 0;
-    p.by_plane_vectors = divisor(p.plane_vectors);
-    if (pack > 1) p.by_channel = divisor(call.HW);
-  };
-  const auto set_tiles = [&](int64_t tile_vectors) {
-    p.tile_vectors = unsigned(tile_vectors);
-    p.step_vectors = unsigned(p.team * tile_vectors);
-    p.step_offset = p.step_vectors % p.plane_vectors;
-    p.step_elements = int64_t(p.step_vectors / p.plane_vectors) * p.packs * p.plane;
-  };
-  const auto set_scratch = [&](bool exchanged) {  // in whole lines: blocks look at the count while others still write their words
-    p.channel_words = exchanged ? int(ceil_div(p.team, kLineWords) + 1) * kLineWords : 0;
-    p.scratch_words = call.C * p.channel_words;
-  };
-
-  // Resident or packed, if that fits with `team` blocks a channel, two blocks to a multiprocessor or more.
-  const int64_t half_bytes = (device.shared_bytes - device.reserved_bytes) / 2;
-  const auto resident = [&](int64_t team, bool cooperative) {
-    p.structure = p.pack > 1 ? kPacked : kResident;
-    p.team = int(team);
-    p.teams = int(std::max<int64_t>(p.packs, 1));
-    p.by_team = divisor(team);
-    p.cluster = call.training && team > 1 && !cooperative;
-    p.cooperative = cooperative;
-    set_scratch(cooperative);
-    p.slots = p.tiles = 1;
-    if (p.pack > 1) {  // whole planes, so that a thread's vectors are all at the same place of theirs
-      set_tiles(ceil_div(call.N, team) * p.plane_vectors);
-      const int64_t planes = std::max(std::min<int64_t>(ceil_div(ceil_div(p.tile_vectors, kResidentVectors), p.plane_vectors), kPackedThreads / p.plane_vectors),
-                                      ceil_div(32 * p.pack - 31, p.plane_vectors));  // a warp for each channel
-      p.threads = unsigned(planes * p.plane_vectors);
-      p.step_elements = planes * p.packs * p.plane;
-    } else {
-      set_tiles(ceil_div(ceil_div(std::max(p.channel_vectors, 1u), team), 8) * 8);  // whole 128-byte lines
-      p.threads = unsigned(std::min<int64_t>(ceil_div(p.tile_vectors, 32 * kResidentVectors) * 32, kResidentThreads - 32 * cooperative));
-    }
-    p.exchangers = cooperative;
-    p.statistics = int(ceil_div(p.threads, 32));
-    p.kept_vectors = unsigned(std::max<int64_t>(int64_t(p.tile_vectors) - int64_t(resident_held(size, p.pack > 1)) * p.threads, 0));
-    p.early = int(p.kept_vectors / (2 * p.threads));
-    const int64_t sums = p.pack > 1 ? 32 * p.statistics * sizeof(Pick<Sums<float>>) : 0;
-    const int64_t bytes = int64_t(p.kept_vectors) * kVectorBytes + kResidentOverheadBytes + sums;
-    // A turn: a block for each multiprocessor. The next one starts when memory has had the time to read what this one waits for.
-    // Not where memory reads all of x in little more time than the last turn then sums and stores.
-    const int turn = int(std::max<int64_t>(device.multiprocessors / team, 1));
-    p.by_turn = divisor(turn);
-    p.turns = int(std::min<int64_t>({device.shared_bytes / (bytes + device.reserved_bytes), 2 * kResidentThreads / (32 * p.statistics), 32}));
-    // No block more at once than turns, else those that come in later waves would start out of turn.
-    const bool waves = call.training && int64_t(p.teams) * team > int64_t(p.turns) * device.multiprocessors;
-    p.shared_bytes = int(waves ? std::max(bytes, std::min<int64_t>(half_bytes, device.shared_bytes / (p.turns + 1))) : bytes);
-    const int64_t cycles = int64_t(p.teams) * team * p.tile_vectors * kVectorBytes / (kBytesPerCycle * device.multiprocessors);
-    if (!call.training || cooperative || cycles < kTurnsCycles) p.turns = 0;
-    p.turn_cycles = int(int64_t(p.tile_vectors) * kVectorBytes / kBytesPerCycle);
-    return p.threads <= unsigned(p.pack > 1 ? kPackedThreads : kResidentThreads) && bytes <= half_bytes;
-  };
-  const int most_cluster = device.architecture >= 90 ? kMaxCluster : 1;
-  const auto find_resident = [&] {
-    const int64_t bytes = int64_t(p.channel_vectors) * kVectorBytes;
-    if (!call.training)  // no block waits for another
-      return resident(std::max<int64_t>(ceil_div(bytes, std::min(kEvalBytes, half_bytes - 2 * kResidentOverheadBytes)), 1), false);
-    if (call.cumulative && call.num_batches_tracked) return false;  // all must read the counter before it counts
-    const int64_t slots = 2 * device.multiprocessors, packs = std::max<int64_t>(p.packs, 1);
-    // One block a channel, where channels are small, or so many that each multiprocessor has three; without clusters, every other one.
-    const bool many = most_cluster > 1 ? 2 * packs >= 3 * slots && bytes <= kBlockBytes : 4 * packs >= slots;
-    if ((bytes <= 8 * kRoundBytes || many) && resident(1, false)) return true;
-    // All channels at once, by blocks that are all there at once, where clusters would be too few: the fewer the sooner together.
-    if (p.pack == 1 && (packs * most_cluster < device.multiprocessors || most_cluster == 1))
-      for (const int64_t blocks : {slots / 2, slots})
-        if (const int64_t team = std::min(blocks / packs, bytes / kRoundBytes); team > 1 && team <= 32 * kResidentTeamPerLane && resident(team, true)) return true;
-    // Blocks of a cluster, which are there at once too; in the largest one, as large as fits.
-    for (int cluster = 2; cluster <= most_cluster && cluster <= slots; cluster *= 2)
-      if ((cluster == most_cluster || (bytes <= cluster * kBlockBytes && 4 * packs * cluster >= 3 * slots)) && resident(cluster, false)) return true;
-    return false;
-  };
-  const int pack = int(size / std::gcd<int64_t>(call.HW, size));
-  const bool aligned = reinterpret_cast<uintptr_t>(call.x) % kVectorBytes == 0;
-  if (pack > 1 && size > 2 && aligned && call.C > 0 && call.C % pack == 0 && call.HW >= size - 1 && call.HW * pack / size <= kPackedThreads) {
-    set_planes(pack, false);
-    if (find_resident()) return p;
-  }
-  p = bare;
-  set_planes(1, masked);
-  const Plan with_planes = p;
-  if (find_resident()) return p;
-
-  p = with_planes;
-  const int64_t ring_bytes = device.shared_bytes - kOverheadBytes;
-
-  // The team: as many blocks as bring the channels through soonest, by what one block moves and waits for.
-  int64_t best = INT64_MAX;
-  const int most_team = int(std::min<int64_t>({device.multiprocessors, 32 * kTeamPerLane, std::max(p.channel_vectors, 1u)}));
-  for (int team = 1; team <= most_team; ++team) {
-    const int64_t share = ceil_div(p.channel_vectors, team) * kVectorBytes;
-    const int64_t rounds = ceil_div(call.C, device.multiprocessors / team);
-    const int64_t again = std::max<int64_t>(share - ring_bytes * 7 / 8, 0);
-    const int64_t tight = std::min<int64_t>(std::max<int64_t>(3 * share - ring_bytes, 0), ring_bytes);
-    const int64_t cost = rounds * (share + kRoundBytes + again + (team > 1 ? kWaitBytes * tight / ring_bytes : 0));
-    if (cost < best) {
-      best = cost;
-      p.team = team;
-    }
-    if (share <= kRoundBytes) break;
-  }
-  p.teams = int(std::min<int64_t>(device.multiprocessors / p.team, std::max<int64_t>(call.C, 1)));
-  p.by_team = divisor(p.team);
-  p.cooperative = p.team > 1 || (call.cumulative && call.num_batches_tracked);
-  set_scratch(p.team > 1);
-
-  // Roles, and tiles of equal size.
-  p.bulk = device.architecture >= 90 && p.plane_vectors >= 32;
-  const int64_t share = ceil_div(p.channel_vectors, p.team);
-  const auto lay_out = [&](bool hold) {
-    p.structure = hold ? kHold : kRing;
-    p.producers = p.bulk || hold ? 1 : 4;
-    p.storers = hold ? 0 : 4;
-    p.statistics = hold ? 10 : 4;
-    p.exchangers = hold ? 1 : p.team > 1 && p.bulk ? 6 : 4;
-    const int64_t lanes = 32 * p.statistics;
-    const int64_t most = std::min<int64_t>(hold ? kHoldVectors * lanes : kTileBytes / kVectorBytes, std::max<int64_t>(ring_bytes / (4 * kVectorBytes), 1));
-    p.tiles = int(std::max<int64_t>(ceil_div(share, most), hold ? held_tiles : 1));
-    if (hold) {  // whole warps: each then stores 512 bytes that start at a multiple of 512
-      p.tile_vectors = unsigned(std::min(std::max<int64_t>(ceil_div(ceil_div(share, p.tiles), 32) * 32, 1), most));
-    } else {  // so many that they fill the ring, and keep all lanes of a role busy; rather few, for the barriers' sake
-      int64_t best_score = -1;
-      for (int64_t tiles = p.tiles; tiles <= 2 * p.tiles; ++tiles) {
-        const int64_t vectors = std::min(std::max<int64_t>(ceil_div(ceil_div(share, tiles), 8) * 8, 1), most);  // whole 128-byte lines
-        if (best_score >= 0 && vectors * kVectorBytes < kLeastTileBytes) break;
-        const int64_t score = std::min<int64_t>(ring_bytes / (vectors * kVectorBytes), kMaxSlots) * vectors * 1000 * vectors / (ceil_div(vectors, lanes) * lanes);
-        if (score * 100 > best_score * 102) {
-          best_score = score;
-          p.tile_vectors = unsigned(vectors);
-        }
-      }
-    }
-    p.tiles = int(std::max<int64_t>(ceil_div(p.channel_vectors, int64_t(p.team) * p.tile_vectors), hold ? held_tiles : 1));
-    p.slots = int(std::min<int64_t>(ring_bytes / (int64_t(p.tile_vectors) * kVectorBytes), kMaxSlots));
-    p.held = hold ? held_tiles : 0;
-    p.streamed = hold ? std::max(p.tiles - p.held - p.slots, 0) : 0;
-    return p.tiles + 4 <= p.slots;
-  };
-  if (!lay_out(false)) lay_out(true);
-  const int64_t tile_bytes = int64_t(p.tile_vectors) * kVectorBytes;
-  p.in_flight = int(std::max<int64_t>(std::min<int64_t>(kFlightBytes / tile_bytes, p.slots - 1), 1));
-  set_tiles(p.tile_vectors);
-  // Where a tile is in the ring, all channels whose tiles were `slots` and more before it have been stored. Beyond
-  // those, a role may be at as many channels as it has warps.
-  const int warps = std::max({p.exchangers, p.storers, p.statistics});
-  p.channel_slots = int(std::max<int64_t>(std::min<int64_t>(ceil_div(p.slots, std::max(p.tiles, 1)) + warps + 2, ceil_div(call.C, p.teams)), warps));
-  p.shared_bytes = int(p.slots * tile_bytes) + kOverheadBytes;
+// A group of one channel.
+Plan planes(const FusedBatchNormCall& call, int size, bool masked) {
+  Plan p = {};
+  const int64_t width =
+      std::max<int64_t>(masked ? (call.HW + size - 2) / size + 1 : call.HW / size, 1);
+  p.layout = masked ? kMaskedPlanes : kPlanes;
+  p.channels = 1;
+  p.groups = int(call.C);
+  p.vectors = call.C > 0 ? unsigned(call.N * width) : 0;
+  p.width = p.pixel = fast_divmod(width);
+  p.row_stride = unsigned(call.C * width);
+  p.group_stride = unsigned(width);
   return p;
 }
 
-// ---------------------------------------------------------------------------------------------
-// Launch
-// ---------------------------------------------------------------------------------------------
-using Allocate = void* (*)(size_t bytes, void* context);
-constexpr int kUnaskedBytes = 48 * 1024;  // of shared memory, that any block may have
-
-template <typename T, bool kMasked>
-auto kernel_for(int structure) {
-  if (structure == kRing) return fused_batch_norm_forward_kernel<T, kMasked, kRing>;
-  if (structure == kHold) return fused_batch_norm_forward_kernel<T, kMasked, kHold>;
-  if constexpr (!kMasked) {
-    if (structure == kPacked) return fused_batch_norm_forward_kernel<T, false, kPacked>;
-  }
-  return fused_batch_norm_forward_kernel<T, kMasked, kResident>;
+// A group of channels whose planes together are whole vectors.
+std::optional<Plan> packed_planes(const FusedBatchNormCall& call, int size, bool lean) {
+  const int64_t channels = size / std::gcd<int64_t>(call.HW, size),
+                width = call.HW * channels / size;
+  const bool aligned = reinterpret_cast<uintptr_t>(call.x) % kVectorBytes == 0;
+  if (channels == 1 || size == 2 || !aligned || call.C == 0 || call.C % channels ||
+      call.HW < size - 1 || width > resident_threads(kPackedPlanes, size, false, lean) / 2 - 32)
+    return {};
+  Plan p = planes(call, size, false);
+  p.layout = kPackedPlanes;
+  p.channels = int(channels);
+  p.groups = int(call.C / channels);
+  p.vectors = unsigned(call.N * width);
+  p.width = p.pixel = fast_divmod(width);
+  p.row_stride = unsigned(call.C * call.HW / size);
+  p.group_stride = unsigned(width);
+  return p;
 }
 
-// Calls use(kernel, plan) for the kernel that suits the call. Returns null, or what went wrong.
+// A group of neighbouring channels of a channels-last x, `channels` of them where C allows it.
+Plan pixels(const FusedBatchNormCall& call, int size, int channels) {
+  Plan p = {};
+  const int64_t C = call.C, pixels = call.N * call.HW;
+  const bool aligned = reinterpret_cast<uintptr_t>(call.x) % kVectorBytes == 0;
+  p.layout = kPixels;
+  p.pixels = int(size / std::gcd<int64_t>(C, size));  // of a row, so that rows are whole vectors
+  p.row_stride = unsigned(p.pixels * C / size);
+  if (p.pixels > 1 && C <= channels) {  // all channels, pixel behind pixel
+    p.channels = int(C);
+    p.pixel = p.width = fast_divmod(p.row_stride);
+    p.vectors = unsigned(ceil_div(pixels * C + size - 1, p.pixels * C)) * p.row_stride;
+  } else {  // each pixel has vectors of its own; the first and last may hold other channels too
+    p.channels = int(std::min<int64_t>(channels, (C + size - 1) / size * size));
+    const int pixel = p.channels / size + (p.pixels > 1 || !aligned);
+    p.pixel = fast_divmod(pixel);
+    p.width = fast_divmod(p.pixels * pixel);
+    p.vectors = unsigned((pixels + p.pixels - 1) / p.pixels * p.width.divisor);
+  }
+  p.groups = ceil_div(C, p.channels);
+  p.group_stride = unsigned(p.channels / size);
+  return p;
+}
+
+struct Planner {
+  const FusedBatchNormCall& call;
+  const Device& device;
+  const int size, accumulator_bytes;
+  const int64_t multiprocessor_bytes = device.shared_bytes + device.reserved_bytes;
+  const bool lean = is_lean(device.architecture);
+
+  // All blocks must read the counter before it counts: a launch in which they wait for each other.
+  bool counts_batches() const { return call.cumulative && call.num_batches_tracked; }
+  SharedLayout layout(const Plan& p) const { return SharedLayout(p, accumulator_bytes, size); }
+  int worker_threads(const Plan& p, int blocks, bool many = false) const {
+    return std::min(resident_threads(p.layout, size, many, lean) / blocks / 32 * 32, kMaxThreads) -
+           32 * p.exchange_warps;
+  }
+  int64_t blocks(const Plan& p) const { return int64_t(p.teams) * p.team.divisor; }
+  // Blocks that a multiprocessor has room for, at least; and all of them.
+  int resident(const Plan& p) const {
+    return int(
+        std::min<int64_t>({multiprocessor_bytes / (p.shared_bytes + device.reserved_bytes),
+                           resident_threads(p.layout, size, false, lean) / block_threads(p), 32}));
+  }
+  // (Clusters leave some multiprocessors out: 8 of an H100's 132.)
+  int64_t at_once(const Plan& p) const {
+    const int left_out = p.team_kind == kClusterTeam ? device.multiprocessors / 16 : 0;
+    return int64_t(resident(p)) * (device.multiprocessors - left_out);
+  }
+  // Threads are a multiple of this: whole warps, or whole rows, so that each stays in its column.
+  int grain(const Plan& p) const {
+    return !has_columns(p.layout) || 32 % p.width.divisor == 0 ? 32 : p.width.divisor;
+  }
+  int block_threads(const Plan& p) const {
+    return 32 * (p.exchange_warps + ceil_div(p.threads, 32));
+  }
+
+  // Rows go to the blocks of a team in turn, where those keep pace with each other; else each has
+  // its rows side by side.
+  void deal(Plan& p, bool in_turn) const {
+    p.share = in_turn ? p.threads : p.rows * p.threads;
+    p.step = fast_divmod(in_turn ? int64_t(p.team.divisor) * p.threads : p.threads);
+    p.step_row = p.step.divisor / p.width.divisor;
+    p.step_in_row = p.step.divisor % p.width.divisor;
+  }
+
+  // The plan with a block's threads and rows, for a team of so many blocks, of which so many fit on
+  // a multiprocessor; rows: of a thread, at first. None if that does not fit.
+  std::optional<Plan> with_block(Plan p, TeamKind kind, int64_t team, int stages, int lag,
+                                 int blocks, int rows) const {
+    p.team_kind = kind;
+    p.team = fast_divmod(team);
+    p.teams = int(std::max<int64_t>(
+        kind == kGridTeam ? std::min<int64_t>(blocks * device.multiprocessors / team, p.groups)
+                          : p.groups,
+        1));
+    p.rounds = ceil_div(p.groups, p.teams);
+    p.stages = fast_divmod(stages);
+    p.lag = lag;
+    p.sets = fast_divmod(lag + 1);
+    p.exchange_warps = layout(p).units * (lag + 1);
+    const int thread_grain = grain(p),
+              most = worker_threads(p, blocks) / thread_grain * thread_grain;
+    const int64_t share = std::max(ceil_div(p.vectors, team), 1);
+    p.threads = int(std::min<int64_t>(
+        ceil_div(share, int64_t(rows) * thread_grain) * int64_t(thread_grain), most));
+    if (p.threads == 0) return {};
+    rows = ceil_div(share, p.threads);
+    p.threads = ceil_div(share, int64_t(rows) * thread_grain) * thread_grain;
+    rows = p.rows = ceil_div(p.vectors, team * p.threads);
+    deal(p, stages > 1);
+    p.reg_rows = stages == 1 ? std::min(rows, register_rows(p.layout, size, false, lean)) : 0;
+    p.smem_rows = rows - p.reg_rows;
+    if (int64_t(stages) * p.smem_rows * p.threads * kVectorBytes > device.shared_bytes) return {};
+    p.shared_bytes = layout(p).bytes;
+    if (p.shared_bytes + device.reserved_bytes > multiprocessor_bytes / blocks) return {};
+    p.stagger = fast_divmod(std::max<int64_t>(device.multiprocessors / team, 1));
+    return p;
+  }
+
+  // Blocks of one multiprocessor start one after the other: in step, all would load, then all
+  // store, and memory would rest in between. Each waits until memory has had the time to read what
+  // those before it wait for. Not where memory reads all of x in little more time than the last
+  // block then sums and stores.
+  Plan staggered(Plan p) const {
+    const int64_t block_bytes = int64_t(p.rows) * p.threads * kVectorBytes;
+    const int turns = resident(p);
+    // No block more at once than turns, else those that come later would start out of turn.
+    if (blocks(p) > at_once(p))
+      p.shared_bytes = int(std::max<int64_t>(
+          p.shared_bytes,
+          std::min<int64_t>(multiprocessor_bytes / 2 - device.reserved_bytes,
+                            multiprocessor_bytes / (turns + 1) - device.reserved_bytes + 16)));
+    if (blocks(p) * block_bytes / (kBytesPerCycle * device.multiprocessors) < kStaggerCycles)
+      return p;
+    p.stagger_turns = turns;
+    p.stagger_cycles = int(block_bytes / kBytesPerCycle);
+    return p;
+  }
+
+  // No block waits for another.
+  std::optional<Plan> eval(const Plan& group) const {
+    const int64_t bytes = int64_t(group.vectors) * kVectorBytes;
+    for (int64_t block = std::min(kEvalBytes, multiprocessor_bytes / 4); block > 0; block /= 2)
+      if (const auto p = with_block(group, kBlockTeam, std::max(ceil_div(bytes, block), 1), 1, 0, 2,
+                                    kSmallRows))
+        return p;
+    return {};
+  }
+
+  // The same for a team with one group.
+  std::optional<Plan> with_small_block(const Plan& group, TeamKind kind, int64_t team) const {
+    for (const int rows : {kFewRows, kSmallRows, kMoreRows})
+      if (const auto p = with_block(group, kind, team, 1, 0, 2, rows))
+        if (blocks(*p) <= at_once(*p)) return p;
+    return with_block(group, kind, team, 1, 0, 2, kSmallRows);
+  }
+
+  // Groups so small that a block takes one alone.
+  std::optional<Plan> one_block(const Plan& group, int rows) const {
+    if (int64_t(group.vectors) * kVectorBytes > kAloneBytes || counts_batches()) return {};
+    return with_block(group, kBlockTeam, 1, 1, 0, 2, rows);
+  }
+
+  // One group a block or a team, all of it on the chip, several blocks on a multiprocessor.
+  std::optional<Plan> small(const Plan& group) const {
+    const int most_cluster = device.architecture >= 90 ? kMaxCluster : 1;
+    const int64_t bytes = int64_t(group.vectors) * kVectorBytes, slots = 2 * device.multiprocessors,
+                  groups = std::max(group.groups, 1);
+    if (counts_batches()) return {};
+    // One block, where groups are small, or so many that each multiprocessor has three; without
+    // clusters, every other one.
+    const bool many =
+        most_cluster > 1 ? 2 * groups >= 3 * slots && bytes <= kBlockBytes : 4 * groups >= slots;
+    if (bytes <= kAloneBytes || many)
+      if (const auto p = with_small_block(group, kBlockTeam, 1)) return staggered(*p);
+    // All groups at once, by blocks that are all there at once, where clusters would be too few:
+    // the fewer the sooner together.
+    if (most_cluster == 1 ||
+        (group.channels == 1 && groups * most_cluster < device.multiprocessors))
+      for (const int64_t blocks : {slots / 2, slots})
+        if (const int64_t team = std::min(blocks / groups, bytes / kRoundBytes);
+            team > 1 && team <= 64)
+          if (const auto p = with_small_block(group, kGridTeam, team)) return p;
+    // Blocks of a cluster, which are there at once too; in the largest one, as large as fits.
+    for (int cluster = 2; cluster <= most_cluster && cluster <= slots; cluster *= 2)
+      if (cluster == most_cluster ||
+          (bytes <= cluster * kBlockBytes && 4 * groups * cluster >= 3 * slots))
+        if (const auto p = with_small_block(group, kClusterTeam, cluster)) return staggered(*p);
+    return {};
+  }
+
+  // Groups come one after the other to teams of blocks that stay, several of them under way in
+  // each: as many blocks in a team as bring all groups through soonest, by what a multiprocessor
+  // moves.
+  std::optional<Plan> middle(const Plan& group,
+                             std::initializer_list<std::pair<int, int>> stages_and_lag) const {
+    std::optional<Plan> best;
+    int64_t best_cost = INT64_MAX;
+    for (const int blocks : {2, 1}) {
+      const int slots = blocks * device.multiprocessors;
+      for (const auto& [stages, lag] : stages_and_lag) {
+        for (int teams = 1; teams <= std::min(slots, std::max(group.groups, 1)); ++teams) {
+          const int team = std::min(slots / teams, std::max(int(group.vectors / 256), 1));
+          const int rows =
+              std::max(ceil_div(ceil_div(group.vectors, team), blocks == 2 ? 256 : 448), 4);
+          const auto p = with_block(group, kGridTeam, team, stages, lag, blocks, rows);
+          if (!p) continue;
+          const int64_t bytes = int64_t(p->rows) * p->threads * kVectorBytes * blocks + kRoundBytes;
+          // Two groups on their way hide less; a block alone has its phases one after the other.
+          const int64_t cost = p->rounds * bytes * ((lag == 1 ? 102 : 100) + (blocks == 1));
+          if (cost < best_cost) {
+            best_cost = cost;
+            best = p;
+          }
+        }
+      }
+    }
+    return best;
+  }
+
+  // One group after the other, each by all blocks; what does not fit on the chip is read again.
+  // None if a row is longer than a block has threads, or their sums do not fit.
+  std::optional<Plan> large(const Plan& group, bool many_rows) const {
+    Plan p = group;
+    const int blocks = p.layout == kPixels ? 2 : 1;
+    const int team =
+        std::min<int>(blocks * device.multiprocessors, std::max(int(group.vectors / 64), 1));
+    p.team_kind = kGridTeam;
+    p.team = fast_divmod(team);
+    p.teams = std::max(std::min(blocks * device.multiprocessors / team, p.groups), 1);
+    p.rounds = ceil_div(p.groups, p.teams);
+    p.stages = p.sets = fast_divmod(1);
+    p.exchange_warps = layout(p).units;
+    const bool many = many_rows && p.layout != kPixels;
+    const int share = std::max(ceil_div(p.vectors, team), 1), thread_grain = grain(p);
+    const int64_t bytes = multiprocessor_bytes / blocks - device.reserved_bytes;
+    p.threads =
+        std::min(ceil_div(share, thread_grain), worker_threads(p, blocks, many) / thread_grain) *
+        thread_grain;
+    if (p.threads == 0) return {};
+    for (;; p.threads -= thread_grain) {  // else there is no room for their sums
+      p.rows = ceil_div(p.vectors, int64_t(team) * p.threads);
+      deal(p, true);
+      p.reg_rows = std::min(p.rows, register_rows(p.layout, size, many, lean));
+      p.smem_rows = 0;
+      p.shared_bytes = layout(p).bytes;
+      if (p.shared_bytes <= bytes || p.threads == thread_grain) break;
+    }
+    if (p.shared_bytes > bytes) return {};
+    const int64_t row_bytes = int64_t(p.threads) * kVectorBytes;
+    p.smem_rows = int(std::min<int64_t>(p.rows - p.reg_rows, (bytes - p.shared_bytes) / row_bytes));
+    p.shared_bytes = layout(p).bytes;
+    p.stagger = fast_divmod(1);
+    return p;
+  }
+};
+
+// `many_rows`: the type has a kernel with many rows in registers.
+Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size,
+               int accumulator_bytes, bool masked, bool many_rows) {
+  const Planner planner{call, device, size, accumulator_bytes};
+  if (call.channels_last && call.C > 0) {
+    const int line = kLineBytes * size / kVectorBytes;  // channels of a line of L2
+    const Plan narrow = pixels(call, size, line);
+    if (!call.training) return *planner.eval(narrow);
+    if (const auto p = planner.one_block(narrow, kPixelRows)) return *p;
+    for (const int channels : {line, 2 * line})
+      if (const auto p = planner.middle(pixels(call, size, channels), {{1, 0}})) return *p;
+    for (int channels = 2 * line;; channels /= 2)
+      if (const auto p = planner.large(pixels(call, size, channels), many_rows)) return *p;
+  }
+  const Plan group = planes(call, size, masked);
+  const auto packed = packed_planes(call, size, planner.lean);
+  if (packed)
+    if (const auto p = call.training ? planner.small(*packed) : planner.eval(*packed)) return *p;
+  if (!call.training) return *planner.eval(group);
+  if (const auto p = planner.small(group)) return *p;
+  if (const auto p = planner.middle(group, {{4, 2}, {3, 1}})) return *p;
+  return *planner.large(group, many_rows);
+}
+
+// -------------------------------------------------------------------------------------------------
+// Launch
+// -------------------------------------------------------------------------------------------------
+// Calls use(kernel, its arguments without scratch) for the kernel that suits the call. Returns
+// null, or what went wrong.
 template <typename T, typename Use>
 const char* with_kernel(const FusedBatchNormCall& call, Use use) {
+  constexpr int kSize = Vector<T>::kSize;
+  constexpr bool kDouble =
+      sizeof(T) == 8;  // fewer kernels to compile: masks are right for all planes
   const Device device;
   if (device.error) return cudaGetErrorString(device.error);
-  const int size = Vector<T>::kSize;
-  constexpr bool kAlwaysMasked = sizeof(T) == 8;  // right for whole vectors too; each kernel less is 0.3 s of compilation
-  const bool masked = kAlwaysMasked || call.HW % size != 0 || reinterpret_cast<uintptr_t>(call.x) % kVectorBytes != 0;
-  const Plan plan = make_plan(call, device, size, masked, masked ? kHeldTiles<T, true> : kHeldTiles<T, false>);
-  if constexpr (!kAlwaysMasked) {
-    if (!masked || plan.structure == kPacked) return use(kernel_for<T, false>(plan.structure), plan);
+  const bool masked =
+      kDouble || call.HW % kSize != 0 || reinterpret_cast<uintptr_t>(call.x) % kVectorBytes != 0;
+  constexpr int kAccumulatorBytes = sizeof(typename Accumulator<T>::type);
+  const Plan plan =
+      make_plan(call, device, kSize, kAccumulatorBytes, masked, sizeof(T) == 4 || !masked);
+  const int shift = int(reinterpret_cast<uintptr_t>(call.x) % kVectorBytes / sizeof(T));
+  const unsigned whole = unsigned((call.N * call.C * call.HW + shift) / kSize);
+  const double count = double(call.N) * double(call.HW);
+  const Arguments a{call,
+                    plan,
+                    SharedLayout(plan, kAccumulatorBytes, kSize),
+                    static_cast<const T*>(call.x) - shift,
+                    static_cast<T*>(call.y) - shift,
+                    nullptr,
+                    shift,
+                    whole,
+                    uint64_t(call.C * call.HW),
+                    int(call.HW - (int64_t(plan.width.divisor) - 2) * kSize),
+                    1 / count,
+                    1 / (count - 1)};
+  const bool many =
+      plan.reg_rows > register_rows(plan.layout, kSize, false, is_lean(device.architecture));
+  if (plan.layout == kPixels) return use(fused_batch_norm_forward_kernel<T, kPixels, false>, a);
+  if constexpr (!kDouble) {
+    if (plan.layout == kPackedPlanes)
+      return use(fused_batch_norm_forward_kernel<T, kPackedPlanes, false>, a);
+    if (plan.layout == kPlanes)
+      return many ? use(fused_batch_norm_forward_kernel<T, kPlanes, true>, a)
+                  : use(fused_batch_norm_forward_kernel<T, kPlanes, false>, a);
   }
-  return use(kernel_for<T, true>(plan.structure), plan);
+  if constexpr (sizeof(T) == 4)
+    if (many) return use(fused_batch_norm_forward_kernel<T, kMaskedPlanes, true>, a);
+  return use(fused_batch_norm_forward_kernel<T, kMaskedPlanes, false>, a);
 }
 
 template <typename Use>
 const char* with_type(const FusedBatchNormCall& call, Use use) {
   switch (call.dtype) {
-    case 0: return with_kernel<float>(call, use);
-    case 1: return with_kernel<__half>(call, use);
-    case 2: return with_kernel<__nv_bfloat16>(call, use);
-    default: return with_kernel<double>(call, use);
+    case 0:
+      return with_kernel<float>(call, use);
+    case 1:
+      return with_kernel<__half>(call, use);
+    case 2:
+      return with_kernel<__nv_bfloat16>(call, use);
+    default:
+      return with_kernel<double>(call, use);
   }
 }
 
 }  // namespace
 
-extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call, Allocate allocate, void* context, void* stream) {
-  return with_type(*call, [&](auto kernel, const Plan& plan) -> const char* {
-    Arguments arguments{*call, plan, nullptr};
-    if (plan.scratch_words > 0) arguments.scratch = static_cast<Word*>(allocate(plan.scratch_words * sizeof(Word), context));
+extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call,
+                                               void* (*allocate)(size_t bytes, void* context),
+                                               void* context, void* stream) {
+  return with_type(*call, [&](auto kernel, Arguments arguments) -> const char* {
+    const Plan& plan = arguments.plan;
+    const size_t scratch_bytes = size_t(plan.groups) * arguments.layout.group_bytes;
+    if (scratch_bytes > 0)
+      arguments.scratch = static_cast<unsigned char*>(allocate(scratch_bytes, context));
+    constexpr int kUnasked =
+        48 * 1024;  // bytes of shared memory that a block gets without being asked for
     cudaError_t error = cudaSuccess;
-    if (plan.shared_bytes > kUnaskedBytes)
-      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+    if (plan.shared_bytes > kUnasked)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   plan.shared_bytes);
     if (error) return cudaGetErrorString(error);
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeCooperative;
-    attributes[0].val.cooperative = plan.cooperative;
+    attributes[0].val.cooperative = plan.team_kind == kGridTeam;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = plan.team;
+    attributes[1].val.clusterDim.x = plan.team.divisor;
     attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(plan.team * plan.teams);
-    config.blockDim = dim3(32 * (plan.producers + plan.exchangers + plan.storers + plan.statistics));
+    config.gridDim = dim3(plan.team.divisor * plan.teams);
+    config.blockDim = dim3(32 * (plan.exchange_warps + ceil_div(plan.threads, 32)));
     config.dynamicSmemBytes = plan.shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;
-    config.numAttrs = plan.cluster ? 2 : 1;
+    config.numAttrs = plan.team_kind == kClusterTeam ? 2 : 1;
     error = cudaLaunchKernelEx(&config, kernel, arguments);
     return error ? cudaGetErrorString(error) : nullptr;
   });
 }
 
-extern "C" const char* fused_batch_norm_describe(const FusedBatchNormCall* call, char* text, size_t text_bytes) {
-  return with_type(*call, [&](auto, const Plan& p) -> const char* {
-    snprintf(text, text_bytes,
-             "structure=%d pack=%d bulk=%d team=%d teams=%d cooperative=%d exchangers=%d producers=%d storers=%d statistics=%d "
-             "threads=%u turns=%d turn_cycles=%d tile_bytes=%d tiles=%d held=%d streamed=%d slots=%d in_flight=%d shared_bytes=%d scratch_bytes=%lld",
-             p.structure, p.pack, p.bulk, p.team, p.teams, p.cooperative, p.exchangers, p.producers, p.storers, p.statistics,
-             p.threads, p.turns, p.turn_cycles, int(p.tile_vectors) * kVectorBytes, p.tiles, p.held, p.streamed, p.slots, p.in_flight, p.shared_bytes,
-             (long long)(p.scratch_words * sizeof(Word)));
+extern "C" const char* fused_batch_norm_describe(const FusedBatchNormCall* call, char* text,
+                                                 size_t text_bytes) {
+  return with_type(*call, [&](auto, const Arguments& a) -> const char* {
+    const Plan& p = a.plan;
+    const std::pair<const char*, int64_t> fields[] = {
+        {"layout", p.layout},
+        {"channels", p.channels},
+        {"groups", p.groups},
+        {"vectors", p.vectors},
+        {"width", p.width.divisor},
+        {"row_stride", p.row_stride},
+        {"group_stride", p.group_stride},
+        {"pixel", p.pixel.divisor},
+        {"pixels", p.pixels},
+        {"team_kind", p.team_kind},
+        {"team", p.team.divisor},
+        {"teams", p.teams},
+        {"rounds", p.rounds},
+        {"threads", p.threads},
+        {"exchange_warps", p.exchange_warps},
+        {"stages", p.stages.divisor},
+        {"lag", p.lag},
+        {"share", p.share},
+        {"step", p.step.divisor},
+        {"rows", p.rows},
+        {"reg_rows", p.reg_rows},
+        {"smem_rows", p.smem_rows},
+        {"shared_bytes", p.shared_bytes},
+        {"stagger", p.stagger.divisor},
+        {"stagger_turns", p.stagger_turns},
+        {"stagger_cycles", p.stagger_cycles},
+    };
+    for (const auto& [name, value] : fields) {
+      const int written = snprintf(text, text_bytes, "%s=%lld ", name, (long long)value);
+      text += written;
+      text_bytes -= written;
+    }
     return nullptr;
   });
 }
@@ -1607,8 +1920,7 @@ string must(const string& argument, const string& requirement, const string& got
 }
 
 string show(const MaybeTensor& t) {
-  if (!t)
-    return "None";
+  if (!t) return "None";
   string sizes;
   for (const SymInt& size : t->sym_sizes())
     sizes += (sizes.empty() ? "" : ", ") + std::to_string(size.guard_int(__FILE__, __LINE__));
@@ -1672,8 +1984,7 @@ Tensor allocate(c10::SymIntArrayRef sizes, ScalarType type, const Tensor& like,
 // nobody change a view that a custom operator returns.
 Tensor allocate_y(const Tensor& x, const SymInt& shift) {
   const auto format = x.suggest_memory_format();
-  if (shift == 0)
-    return allocate(x.sym_sizes(), x.scalar_type(), x, format);
+  if (shift == 0) return allocate(x.sym_sizes(), x.scalar_type(), x, format);
   Tensor y = allocate({x.sym_numel() + shift}, x.scalar_type(), x);
   auto* impl = y.unsafeGetTensorImpl();
   impl->generic_set_sizes_contiguous(x.sym_sizes());
@@ -1696,27 +2007,32 @@ Outputs run(PARAMETERS) {
   const SymInt saved = training ? x.sym_size(1) : SymInt(0);
   const Outputs outputs{allocate_y(x, shift), allocate({2, saved}, wide, x)};
   const auto& [y, statistics] = outputs;
-  if (x.is_meta())
-    return outputs;
+  if (x.is_meta()) return outputs;
 
   const int64_t N = x.size(0), C = x.size(1), HW = x.size(2) * x.size(3);
-  // The kernel numbers a channel's 16-byte vectors (two more a plane for its edges) in 31 bits.
-  const int64_t plane_vectors = HW * int64_t(x.element_size()) / kVectorBytes + 2;
-  TORCH_CHECK(N * plane_vectors < (int64_t(1) << 31) - (1 << 20),
-              must("x", "have less than 32 GB a channel", show(x)));
+  const bool channels_last =
+      HW == 1 || (!x.is_contiguous() && x.is_contiguous(c10::MemoryFormat::ChannelsLast));
+  // The kernel numbers 16-byte vectors: those of x in 32 bits; in 31 bits those of a group of
+  // channels, in each plane, or in each pixel's 256 bytes, with two more for the edges.
+  const int64_t item = x.element_size(),
+                row = channels_last ? std::min<int64_t>(C * item, 256) : HW * item;
+  const int64_t rows = channels_last ? N * HW : N;
+  TORCH_CHECK(rows * (row / kVectorBytes + 2) < (int64_t(1) << 31) - (1 << 20) &&
+                  x.numel() * item / kVectorBytes < (int64_t(1) << 32) - 2,
+              must("x", "have less than 32 GB a channel and 64 GB in all", show(x)));
   const c10::DeviceGuard guard(x.device());
-  // The kernel takes NCHW, and y as far behind a boundary as x. Anything else costs copies.
-  const Tensor x_nchw = x.contiguous();
-  const int64_t x_shift = elements_behind_boundary(x_nchw);
-  const bool direct = y.is_contiguous() && x_shift == shift;
-  const Tensor y_nchw = direct ? y : allocate_y(x_nchw, x_shift);
+  // The kernel takes dense x, and y as far behind a boundary. Anything else costs copies.
+  const Tensor x_dense = channels_last && HW > 1 ? x : x.contiguous();
+  const int64_t x_shift = elements_behind_boundary(x_dense);
+  const bool direct = y.strides() == x_dense.strides() && x_shift == shift;
+  const Tensor y_dense = direct ? y : allocate_y(x_dense, x_shift);
   const auto packed = [](const MaybeTensor& p) { return p ? p->contiguous() : p; };
   const auto data = [](const MaybeTensor& p) { return p ? p->mutable_data_ptr() : nullptr; };
   const auto is_float = [](const MaybeTensor& p) { return p && p->dtype() == at::kFloat; };
   const MaybeTensor packed_gamma = packed(gamma), packed_beta = packed(beta);
   FusedBatchNormCall call{};
-  call.x = x_nchw.const_data_ptr();
-  call.y = y_nchw.mutable_data_ptr();
+  call.x = x_dense.const_data_ptr();
+  call.y = y_dense.mutable_data_ptr();
   call.gamma = data(packed_gamma);
   call.beta = data(packed_beta);
   call.running_mean = data(running_mean);
@@ -1734,6 +2050,7 @@ Outputs run(PARAMETERS) {
   call.affine_float = is_float(gamma);
   call.running_float = is_float(running_mean);
   call.training = training;
+  call.channels_last = channels_last;
   // Freed on return: the allocator gives it away again only behind this launch on this stream.
   std::pair<const Tensor&, Tensor> scratch{x, {}};
   const auto allocate_scratch = [](size_t bytes, void* context) {
@@ -1747,10 +2064,8 @@ Outputs run(PARAMETERS) {
   TORCH_CHECK(!error, must("fused_batch_norm_forward_kernel", "run for x " + show(x),
                            string("CUDA error: ") + error));
   for (const auto* buffer : {&running_mean, &running_var, &num_batches_tracked})
-    if (training && *buffer)
-      (*buffer)->unsafeGetTensorImpl()->bump_version();
-  if (!direct)
-    y.copy_(y_nchw);
+    if (training && *buffer) (*buffer)->unsafeGetTensorImpl()->bump_version();
+  if (!direct) y.copy_(y_dense);
   return outputs;
 }
 
@@ -1768,8 +2083,7 @@ Outputs dispatch(PARAMETERS) {
   };
   static const auto to_train = find(NAMESPACE "::train").typed<decltype(run)>();
   static const auto to_eval = find(NAMESPACE "::eval").typed<decltype(eval<run>)>();
-  if (training)
-    return to_train.call(ARGUMENTS);
+  if (training) return to_train.call(ARGUMENTS);
   return {to_eval.call(x, gamma, beta, eps, running_mean, running_var), Tensor()};
 }
 
@@ -1787,21 +2101,17 @@ struct FusedBatchNormBackward final : Node {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& variable : saved)
-      variable.reset_data();
+    for (auto& variable : saved) variable.reset_data();
   }
 
   std::vector<Tensor> apply(std::vector<Tensor>&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     std::array<Tensor, 5> unpacked;
-    for (size_t i = 0; i < saved.size(); ++i)
-      unpacked[i] = saved[i].unpack();
+    for (size_t i = 0; i < saved.size(); ++i) unpacked[i] = saved[i].unpack();
     const auto& [x, gamma, running_mean, running_var, statistics] = unpacked;
-    if (!grads[0].defined())
-      return std::vector<Tensor>(3);
+    if (!grads[0].defined()) return std::vector<Tensor>(3);
     const auto zeros = [](const Tensor& p) { return p.defined() ? at::zeros_like(p) : p; };
-    if (x.sym_numel() == 0)
-      return {zeros(x), zeros(gamma), zeros(gamma)};
+    if (x.sym_numel() == 0) return {zeros(x), zeros(gamma), zeros(gamma)};
     // PyTorch's kernels take all else in float32 whatever x is, but not every mixture.
     const auto wide = x.dtype() == at::kDouble ? at::kDouble : at::kFloat;
     const auto widen = [&](const Tensor& p) { return p.defined() ? p.to(wide) : p; };
@@ -1835,8 +2145,7 @@ Outputs run_with_autograd(PARAMETERS) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return dispatch(ARGUMENTS);
   };
-  if (!compute_requires_grad(x, gamma, beta))
-    return run_below();
+  if (!compute_requires_grad(x, gamma, beta)) return run_below();
   auto* const node = new FusedBatchNormBackward;
   const auto owner = own(node);
   node->set_next_edges(collect_next_edges(x, gamma, beta));
@@ -1852,8 +2161,8 @@ Outputs run_with_autograd(PARAMETERS) {
 }
 
 // The launch plan of a contiguous, aligned x on the current device, as "field=value field=value …".
-string plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bool training,
-            MaybeDouble momentum) {
+string plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bool training, MaybeDouble momentum,
+            bool channels_last) {
   int64_t counter;
   FusedBatchNormCall call{};
   call.num_batches_tracked = &counter;
@@ -1864,6 +2173,7 @@ string plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bool training,
   call.cumulative = !momentum.has_value();
   call.dtype = dtype_code(dtype);
   call.training = training;
+  call.channels_last = channels_last || HW == 1;
   char text[1024];
   const char* error = fused_batch_norm_describe(&call, text, sizeof text);
   TORCH_CHECK(!error, must("the device", "run the kernel", string("CUDA error: ") + error));
@@ -1888,7 +2198,7 @@ EXPANDED(TORCH_LIBRARY, TORCH_EXTENSION_NAME, m) {
   m.impl("eval", autograd, &eval<run_with_autograd>);
   m.def(
       "fused_batch_norm_plan(int N, int C, int HW, ScalarType dtype, bool training, "
-      "float? momentum) -> str",
+      "float? momentum, bool channels_last=False) -> str",
       &plan);
 }
 """
@@ -1959,10 +2269,10 @@ class ModelNew(torch.nn.Module):
         device, dtype: of parameters and buffers.
 
     forward(x): x: (N, C, H, W) float32 | float16 | bfloat16 | float64, CUDA; parameters and buffers
-    of the same type or float32. Returns y like x, in NCHW or channels-last as x (channels-last
-    costs a copy each way). Differentiable by backward. Raises ValueError for x that is not 4-D or
-    has one value per channel in training and for eps that is not positive, RuntimeError for a wrong
-    C, dtype or device.
+    of the same type or float32. Returns y like x, in NCHW or channels-last as x (other strides cost
+    a copy each way). Differentiable by backward. Raises ValueError for x that is not 4-D or has one
+    value per channel in training and for eps that is not positive, RuntimeError for a wrong C,
+    dtype or device.
 
     State dicts load with the names gamma, beta | weight, bias | bn.weight, bn.bias.
 

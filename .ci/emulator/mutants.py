@@ -3,7 +3,7 @@
 Applies each edit to a copy of model_new.py's text, and runs the random cases of ../tests/cases.py
 until one fails. A mutant that survives points at a check that is missing. Some minutes.
 
-An edit names a function (or struct, lambda, method: `Tile::advance`) and the text in it that is
+An edit names a function (or struct, lambda, method: `Group::advance`) and the text in it that is
 replaced, which occurs once there; spaces and line ends in it do not count. So what is renamed,
 moved or formatted elsewhere breaks no mutant. One that no longer applies or compiles survives.
 """
@@ -31,31 +31,19 @@ MUTANTS = [
     # ---- the formula
     (
         "eps outside the root",
-        (
-            "Moments",
-            "rsqrt(m2 * a.plan.per_element + a.call.eps)",
-            "1 / (sqrt(m2 * a.plan.per_element) + a.call.eps)",
-        ),
+        ("exchange", "rsqrt(moments.var + call.eps)", "1 / (sqrt(moments.var) + call.eps)"),
     ),
     (
         "eps forgotten with running statistics",
-        (
-            "resident",
-            "(parameters.running_var.value(call.running_float) + call.eps)",
-            "(parameters.running_var.value(call.running_float))",
-        ),
+        ("exchange", "var + call.eps", "var + (call.training ? call.eps : 0)"),
     ),
     (
         "var unbiased in y",
-        (
-            "Moments",
-            "(m2 * a.plan.per_element + a.call.eps)",
-            "(m2 * a.plan.per_element_but_one + a.call.eps)",
-        ),
+        ("batch_moments", "m2 * a.per_element,", "m2 * a.per_element_but_one,"),
     ),
     (
         "running_var biased",
-        ("Channel::save", "per_element_but_one", "per_element"),
+        ("Channel::save", "moments.m2 * a.per_element_but_one", "moments.var"),
     ),
     (
         "momentum weighs the old mean",
@@ -69,8 +57,8 @@ MUTANTS = [
         "the cumulative average counts from 1",
         (
             "fused_batch_norm_forward_kernel",
-            "(*call.num_batches_tracked + 1)",
-            "(*call.num_batches_tracked + 2)",
+            "*call.num_batches_tracked + 1",
+            "*call.num_batches_tracked + 2",
         ),
     ),
     (
@@ -83,77 +71,57 @@ MUTANTS = [
         ("run", "call.cumulative = !momentum.has_value();", ""),
     ),
     (
-        "the cumulative average where no block reads the counter",
-        (
-            "make_plan::find_resident",
-            "if (call.cumulative && call.num_batches_tracked) return false;",
-            "",
-        ),
-    ),
-    (
         "eval uses the batch's statistics",
         ("ModelNew", "self.training or running_mean is None", "True"),
     ),
     (
         "eval: only a team's first block knows the statistics",
-        ("resident", "|| !call.training", ""),
+        ("load_channel", "(b.rank == 0 || !call.training)", "b.rank == 0"),
     ),
     (
         "beta forgotten",
-        ("Channel::result", "(shift - (mean - A(mean)) * scale)", "((A(mean) - mean) * scale)"),
+        ("Channel::result", "shift - (mean - A(mean)) * scale", "(A(mean) - mean) * scale"),
     ),
     (
         "the mean's low part forgotten",
-        ("Channel::result", "(shift - (mean - A(mean)) * scale)", "(shift)"),
+        ("Channel::result", "shift - (mean - A(mean)) * scale", "shift"),
     ),
     (
         "the mean folded into the shift",
         (
-            "normalise",
-            "(widen(x.get(i)) - r[i].mean) * r[i].scale + r[i].shift",
-            "widen(x.get(i)) * r[i].scale + (r[i].shift - r[i].mean * r[i].scale)",
+            "Group::store",
+            "(widen(v, i) - of.mean) * of.scale + of.shift",
+            "widen(v, i) * of.scale + (of.shift - of.mean * of.scale)",
         ),
-    ),
-    (
-        "the block's own sums added twice",
-        (
-            "exchange",
-            "Sums<double> sums;\n#pragma unroll",
-            "Sums<double> sums = lane == 0 ? own : Sums<double>();\n#pragma unroll",
-        ),
-    ),
-    (
-        "a warp's sums added twice",
-        (
-            "finish",
-            "(b.lane < p.statistics) sums.add(partial[b.lane].sums)",
-            "(b.lane <= p.statistics) sums.add(partial[b.lane % p.statistics].sums)",
-        ),
-    ),
-    (
-        "the last block's sums left out",
-        ("exchange", "i < team ? 0", "i < team - 1 ? 0"),
     ),
     (
         "gamma read as float whatever it is",
-        ("Channel", "(call.gamma, c, call.affine_float)", "(call.gamma, c, true)"),
+        ("load_channel", "(call.gamma, c, call.affine_float)", "(call.gamma, c, true)"),
         ("Channel::result", "gamma.value(call.affine_float)", "gamma.value(true)"),
     ),
     (
         "running_var stored as float whatever it is",
         (
             "Channel::save",
-            "store_parameter<T>(call.running_var, c, call.running_float,",
-            "store_parameter<T>(call.running_var, c, true,",
+            "(call.running_var, c, call.running_float,",
+            "(call.running_var, c, true,",
         ),
     ),
     (
-        "elements pushed into the wrong half of a word",
-        ("Vector::push", "[i - 1] >> kBits", "[i - 1]"),
+        "a word's elements exchanged",
+        (
+            "make_vector",
+            "__floats2bfloat162_rn(v[2 * i], v[2 * i + 1])",
+            "__floats2bfloat162_rn(v[2 * i + 1], v[2 * i])",
+        ),
     ),
     (
-        "only half of a double",
-        ("Vector::push", "if (kWords > 1) word[1] = bits[1];", ""),
+        "elements of the tail in the wrong half of a word",
+        ("Group::load_tail", "<< (i * int(sizeof(T)) % 4 * 8)", ""),
+    ),
+    (
+        "only half of a double of the tail",
+        ("Group::load_tail", "if (sizeof(T) == 8 && w == 2 * i + 1) v.word[w] = bits[1];", ""),
     ),
     # ---- the pivot
     (
@@ -161,724 +129,664 @@ MUTANTS = [
         ("pivot_of", "isfinite(pivot) ? pivot : A(0)", "A(0)"),
     ),
     (
-        "the mean counted from 0, not from the pivot",
-        ("Moments", "pivot + offset", "offset"),
+        "a pivot that is not finite",
+        ("pivot_of", "isfinite(pivot) ? pivot : A(0)", "pivot"),
     ),
     (
-        "var about the pivot",
-        ("Moments", "- sums.s1 * offset", ""),
-    ),
-    (
-        "each block its own pivot",
-        ("load_sample", "__umulhi(run * 0x85ebca6bu,", "__umulhi((run + b.rank) * 0x85ebca6bu,"),
-    ),
-    (
-        "each warp its own pivot",
+        "the mean of a sample that an outlier is in",
         (
-            "load_sample",
-            "__umulhi(run * 0x85ebca6bu,",
-            "__umulhi((run + threadIdx.x / 32) * 0x85ebca6bu,",
+            "pivot_of",
+            "max(min(v, next), min(max(v, next), widen(sample.of_run[(r + 2) % kRuns])))",
+            "v",
         ),
     ),
     (
+        "the mean counted from 0, not from the pivot",
+        ("batch_moments", "pivot + offset", "offset"),
+    ),
+    ("var about the pivot", ("batch_moments", "- s1 * offset", "")),
+    (
+        "each block its own pivot",
+        ("load_sample", "seed * 0x9e3779b9u", "(seed + blockIdx.x) * 0x9e3779b9u"),
+    ),
+    (
         "runs of samples that reach past the plane",
-        ("load_sample", "(call.HW - length + 1)", "(call.HW)"),
+        ("load_sample", "- (apart ? 0 : kRunElements - 1)", ""),
     ),
     (
-        "the channel before's pivot",
-        ("summarise", "(b, channel + p.teams)", "(b, channel)"),
-    ),
-    (
-        "hold: the channel before's pivot",
-        ("hold", "(b, channel + p.teams)", "(b, channel)"),
-    ),
-    (
-        "packed: the first channel's pivot for a pack's others",
-        ("resident", "looks_after ? channel", "looks_after ? channel - warp"),
+        "a sample of a channels-last x read as of NCHW",
+        ("load_sample", "kLayout == kPixels ? 1 : call.HW", "call.HW"),
     ),
     (
         "a sample of the channel behind the last",
-        ("load_sample", "if (channel >= call.C) return T();", ""),
-    ),
-    # ---- indices
-    (
-        "a tile's next plane is the next channel's",
-        ("Tile::advance", "packs * p.plane", "plane"),
+        ("load_sample", "channel >= call.C ||", ""),
     ),
     (
-        "the step between tiles counts planes of one channel",
-        ("make_plan::set_tiles", "packs * p.plane", "plane"),
+        "more lanes sample than runs have elements",
+        ("load_sample", "|| unit.part >= kRunElements", ""),
+    ),
+    (
+        "the group before's pivot",
+        ("set_pivots", "unit.channel(b, i)", "unit.channel(b, max(i - int(b.p.sets.divisor), 0))"),
+    ),
+    (
+        "pivots left in the place of the group before",
+        ("set_pivots", "b.pivot(i)", "b.pivot(max(i - int(b.p.sets.divisor), 0))"),
+    ),
+    (
+        "pivots of channels outside the group",
+        ("work::sum", "unsigned(c) < unsigned(p.channels) ? b.pivot(i)[c] : A(0)", "b.pivot(i)[c]"),
+    ),
+    (
+        "pivots left behind the result that shows them",
+        ("exchange", "set_pivots(b, unit, unit.set + sets);", ""),
+        ("exchange", "i + 2 * sets", "i + sets"),
+    ),
+    # ---- groups: where vectors lie, which of their elements count, whose they are
+    ("the first edge of a plane summed", ("Group::place", "w.in_row == 0 ? behind : 0", "0")),
+    (
+        "the last edge of a plane summed",
+        ("Group::place", "to_last < 0 ? kSize", "to_last < 2 ? kSize"),
+    ),
+    (
+        "a plane's tail one element longer",
+        ("with_kernel", "int(call.HW - (", "int(call.HW + 1 - ("),
+    ),
+    ("planes aligned as the tensor", ("Group::origin", "* call.HW + a.shift", "* call.HW")),
+    (
+        "edges stored as whole vectors",
+        ("Group::store", "!kMasked || at.end - at.begin == kSize", "true"),
+    ),
+    (
+        "reads past the end of x",
+        ("Group::load", "kMasked && at.vector >= a.whole", "false"),
+        ("Group::load_async", "kMasked && at.vector >= a.whole", "false"),
+    ),
+    (
+        "x ends within a vector that is read as a whole",
+        (
+            "with_kernel",
+            "unsigned((call.N * call.C * call.HW + shift) / kSize)",
+            "unsigned((call.N * call.C * call.HW + shift) / kSize + 1)",
+        ),
+    ),
+    (
+        "parts of pixels taken for pixel behind pixel",
+        ("Group::periodic", "&& p.pixel.divisor == p.width.divisor", ""),
+    ),
+    ("the channel before a group counts", ("Group::origin", "o.begin = max(0, -offset);", "")),
+    (
+        "channels behind C count",
+        ("Group::origin", "min(p.channels, int(call.C) - g * p.channels)", "p.channels"),
+    ),
+    ("parts of pixels not masked", ("Group::origin", "kLayout == kPixels && !periodic()", "false")),
+    ("pixel behind pixel masked as parts of pixels", ("Group::origin", "&& !periodic()", "")),
+    (
+        "elements before x count",
+        ("Group::place", "if (at.vector == 0) at.begin = max(at.begin, a.shift);", ""),
+    ),
+    ("elements behind x count", ("Group::place", "at.end = int(min(int64_t(at.end), left));", "")),
+    (
+        "a pixel's part counted from its vector's first element",
+        ("Group", "- int(first % kSize)", ""),
+    ),
+    (
+        "the pixels of a row side by side",
+        ("Group", "column = first / kSize + in_pixel", "column = in_row"),
+    ),
+    (
+        "channels of a row counted without end",
+        ("Group::each_part", "(offset + kSize * C) % C", "offset"),
+    ),
+    (
+        "a packed vector's split off by one",
+        ("Group", "offset % int(call.HW), kSize", "offset % int(call.HW) + 1, kSize"),
+    ),
+    (
+        "no split: all elements are the first channel's",
+        ("Group::pick", "i < split ? of[0] : of[kParts - 1]", "of[0]"),
+    ),
+    (
+        "no vector more where x is not aligned",
+        ("pixels", "(p.pixels > 1 || !aligned)", "(p.pixels > 1)"),
+    ),
+    (
+        "no row more where x is not aligned",
+        ("pixels", "pixels * C + size - 1", "pixels * C"),
+    ),
+    (
+        "one vector too few for a plane's edges",
+        ("planes", "(call.HW + size - 2) / size + 1", "(call.HW + size - 2) / size"),
+    ),
+    (
+        "channels beyond whole packs",
+        ("packed_planes", "call.C % channels ||", ""),
+    ),
+    (
+        "packed though x is not aligned",
+        ("packed_planes", "!aligned ||", ""),
+    ),
+    (
+        "three channels in a vector",
+        ("packed_planes", "call.HW < size - 1 ||", ""),
     ),
     (
         "the division's magic rounded down",
         (
-            "divisor",
-            "(ceil_div(int64_t(1) << (31 + by.shift), d))",
-            "((int64_t(1) << (31 + by.shift)) / d)",
+            "fast_divmod",
+            "((int64_t(1) << (31 + shift)) + divisor - 1) / divisor",
+            "(int64_t(1) << (31 + shift)) / divisor",
         ),
     ),
     (
-        "tail not masked",
-        ("Place::has", "(i >= begin && i < end)", "i >= begin"),
+        "the last round has a group for every team",
+        ("Block", "- (first_group + (p.rounds - 1) * p.teams >= p.groups)", ""),
+    ),
+    # ---- workers: rows of vectors
+    (
+        "blocks of a team take the same vectors",
+        ("work", "b.rank * p.share + thread", "thread"),
     ),
     (
-        "edges summed",
+        "a thread's next vector is the next block's",
+        ("work", "step = p.step.divisor", "step = p.threads"),
+    ),
+    (
+        "a block's rows neither side by side nor in turn",
+        ("Planner::deal", "in_turn ? p.threads : p.rows * p.threads", "p.threads"),
+    ),
+    (
+        "threads beyond take vectors",
+        ("work", "thread < unsigned(p.threads) &&", ""),
+    ),
+    (
+        "a thread's last row left out",
         (
-            "add_vector",
-            "place.has(i) ? widen(x.get(i)) - pivot[i] : A(0)",
-            "widen(x.get(i)) - pivot[i]",
+            "work",
+            "int(divide(p.vectors - 1 - first, p.step)) + 1",
+            "int(divide(p.vectors - 1 - first, p.step))",
         ),
     ),
     (
-        "edges stored as whole vectors",
-        ("normalise", "place.count() == Vector<T>::kSize", "place.count() > 0"),
+        "rows behind the group's end",
+        ("work", "min(p.rows, int(divide(p.vectors - 1 - first, p.step)) + 1)", "p.rows"),
     ),
     (
-        "reads past the end of x",
+        "a row both in registers and in shared memory",
+        ("work", "(Walk& at, auto use)", "(Walk at, auto use)"),
+    ),
+    ("no carry to the next row", ("Group::advance", "w.in_row >= width", "false")),
+    ("a carry one vector late", ("Group::advance", "w.in_row >= width", "w.in_row > width")),
+    ("the rows of a step forgotten", ("Group::advance", "w.row += step_row;", "")),
+    ("a share's first row counted one by one", ("Group::walk", "row * row_stride,", "row,")),
+    (
+        "halves cut elsewhere in every other group",
+        ("work::each_smem_row", "(smem_rows + 1) / 2", "(smem_rows + (i & 1)) / 2"),
+    ),
+    (
+        "a row read again that is not there summed",
+        ("work::sum", "if (row + k < rows) add(", "add("),
+    ),
+    ("the first rows read again masked as all others", ("work::sum", "group.advance(at);", "")),
+    (
+        "a row on the chip stored from what was read again",
+        ("work::store", "if (row - k >= on_chip) group.store(", "group.store("),
+    ),
+    (
+        "half types' odd planes not read again",
+        ("work", "(kLayout == kMaskedPlanes && sizeof(T) != 4)", "false"),
+    ),
+    (
+        "the kernel with few rows for a plan with many",
+        ("with_kernel", "plan.reg_rows > register_rows", "plan.reg_rows > 16 + register_rows"),
+    ),
+    (
+        "rows in registers though several groups are under way",
+        ("Planner::with_block", "stages == 1 ? std::min", "stages > 0 ? std::min"),
+    ),
+    # ---- workers: the ring of places
+    (
+        "the places of a stage overlap the next's",
+        ("work::each_smem_row", "stage * p.smem_rows * threads", "stage * p.smem_rows"),
+    ),
+    (
+        "places refilled with the group that is there already",
+        ("work::store", "group.origin(b.group(next))", "group.origin(b.group(i))"),
+    ),
+    (
+        "places refilled behind the last group",
+        ("work::store", "refills = next < b.groups", "refills = true"),
+    ),
+    (
+        "first groups loaded that are not there",
+        ("work::load", "i < b.groups && at.begin", "at.begin"),
+    ),
+    ("the first groups loaded last first", ("work", "load(i + stages - 1);", "load(-i);")),
+    (
+        "places refilled before they are stored",
         (
-            "inside",
+            "work::store",
             (
-                "!kMasked || from.element + Vector<T>::kSize <= b.a.call.N * b.a.call.C * "
-                "b.a.call.HW"
+                "group.store(v, group.place(origin, w), result, streaming); if (const Place at "
+                "= group.place(next_origin, w); refills && at.begin < at.end) "
+                "group.load_async(&v, at, kEvictLast);"
             ),
-            "true",
+            (
+                "if (const Place at = group.place(next_origin, w); refills && at.begin < "
+                "at.end) group.load_async(&v, at, kEvictLast); group.store(v, "
+                "group.place(origin, w), result, streaming);"
+            ),
         ),
     ),
     (
-        "the copy engine reads past the end of x",
-        ("send", "if (inside(b, last))", ""),
+        "first halves summed before they are there",
+        ("work::sum", "cp_async_wait_group<3>()", "cp_async_wait_group<4>()"),
     ),
     (
-        "what the copy engine leaves at the end of x forgotten",
-        ("send", "if (b.lane == 0) to[count] = elementwise(b, last);", ""),
+        "second halves summed before they are there",
+        ("work::sum", "cp_async_wait_group<2>()", "cp_async_wait_group<3>()"),
     ),
     (
-        "planes aligned as the tensor",
-        ("shift_of", "(plane + reinterpret_cast<uintptr_t>(b.a.call.x) / sizeof(T))", "plane"),
+        "first halves summed before they are there, no later group under way",
+        ("work::sum", "cp_async_wait_group<1>()", "cp_async_wait_group<2>()"),
     ),
     (
-        "the copy engine starts at the plane, not at its cover",
-        ("first_element", "(kMasked ? shift_of<T>(b, tile.plane) : 0)", "0"),
+        "second halves summed before they are there, no later group under way",
+        ("work::sum", "cp_async_wait_group<0>()", "cp_async_wait_group<1>()"),
     ),
     (
-        "one vector too few for a plane's edges",
-        ("make_plan::set_planes", "(p.plane + size - 2) / size + 1", "(p.plane + size - 2) / size"),
+        "eval: vectors stored before they are there",
+        ("work", "if (!b.call.training) cp_async_wait_group<0>();", ""),
     ),
     (
-        "one vector too many in the last tile",
+        "the second half of the rows in shared memory left out",
+        ("work::each_smem_row", "half == 0 ? middle : end", "middle"),
+    ),
+    (
+        "both halves one group of copies",
+        ("work::each_smem_row", "after_half();", "if (half == 1) after_half();"),
+    ),
+    (
+        "second halves no group of copies",
+        ("work::each_smem_row", "after_half();", "if (half == 0) after_half();"),
+    ),
+    (
+        "results read before they are there",
+        ("work::store", "mbarrier_wait(b.ready(i), b.parity(i));", ""),
         (
-            "Tile::clip",
-            "(p.tile_vectors, p.channel_vectors - first)",
-            "(p.tile_vectors, p.channel_vectors - first + 1)",
+            "work::store",
+            "Result<A>{}; });",
+            "Result<A>{}; }); mbarrier_wait(b.ready(i), b.parity(i));",
         ),
     ),
     (
-        "tiles behind the channel's end",
+        "results of channels outside the group",
         (
-            "Tile::clip",
-            "first < p.channel_vectors ? min(p.tile_vectors, p.channel_vectors - first) : 0",
-            "min(p.tile_vectors, p.channel_vectors - first)",
+            "work::store",
+            "unsigned(c) < unsigned(p.channels) ? b.result(i)[c] : Result<A>{}",
+            "b.result(i)[c]",
         ),
     ),
     (
-        "a tile's last vectors off by one",
-        ("for_each_vector", "if (v + step * i < end)", "if (v + step * i <= end)"),
+        "no start where there is nothing to do",
+        ("work", "max(b.groups, 1)", "b.groups"),
     ),
+    # ---- from the workers to the exchange warps
     (
-        "blocks of a team take the same tiles",
-        ("Tile", "(index * p.team + b.rank)", "(index * p.team)"),
-    ),
-    (
-        "each warp sums all of a tile",
-        ("summarise", "warp * 32 + b.lane, p.statistics * 32", "b.lane, 32"),
-    ),
-    (
-        "a warp sums its vectors only once for two",
+        "one lane arrives before its warp has read and written",
         (
-            "summarise",
-            "warp * 32 + b.lane, p.statistics * 32",
-            "warp * 32 + b.lane, p.statistics * 64",
+            "publish",
+            "mbarrier_arrive(b.summed(i));",
+            "if (b.lane == 0) mbarrier_arrive(b.summed(i));",
+        ),
+        (
+            "fused_batch_norm_forward_kernel",
+            "blockDim.x - 32 * p.exchange_warps",
+            "blockDim.x / 32 - p.exchange_warps",
         ),
     ),
     (
-        "a tile's second plane copied to the first's place",
-        ("send", "copy_bulk(to + begin,", "copy_bulk(to,"),
-    ),
-    # ---- packed: channels side by side
-    (
-        "a pack's channels counted from 0",
-        ("resident", "b.first_channel * p.pack +", ""),
-    ),
-    (
-        "a vector's split off by one",
+        "sums published behind the arrival",
+        ("publish", "mbarrier_arrive(b.summed(i));", ""),
         (
-            "resident",
-            "((first + 1) * call.HW - element_of(threadIdx.x))",
-            "((first + 1) * call.HW - element_of(threadIdx.x)) + 1",
-        ),
-    ),
-    (
-        "no split: all elements are the first channel's",
-        ("resident", "values[next], split", "values[next], kSize"),
-    ),
-    (
-        "the next channel's pivot for all of a vector",
-        ("resident", "pick(pivots)", "same<T>(pivots[next])"),
-    ),
-    (
-        "the next channel's result for all of a vector",
-        ("resident", "pick(results)", "same<T>(results[kPacked ? next : 0])"),
-    ),
-    (
-        "the channel behind a pack's last",
-        ("resident", "min(first + 1, p.pack - 1)", "first + 1"),
-    ),
-    (
-        "the next channel's elements summed twice",
-        (
-            "resident",
-            "{add_up(part, 0, split), add_up(part, split, kSize), 0}",
-            "{add_up(part), add_up(part, split, kSize), 0}",
-        ),
-    ),
-    (
-        "the next channel's elements forgotten",
-        (
-            "resident",
-            "sums.add(at * kSize < own ? of.b : of.a)",
-            "if (at * kSize >= own) sums.add(of.a)",
+            "publish",
+            "Sums<A>* const partial",
+            "mbarrier_arrive(b.summed(i)); Sums<A>* const partial",
         ),
     ),
     (
         "the next channel's elements taken for this one's",
-        ("resident", "(at * kSize < own ? of.b : of.a)", "(of.a)"),
+        ("publish", "of[1].add(sums[e])", "of[0].add(sums[e])"),
     ),
     (
-        "a channel's last column forgotten",
-        ("resident", "+ 1 - column", "- column"),
+        "packed: threads beyond publish",
+        ("publish", "if (thread < unsigned(b.p.threads)) {", "{"),
     ),
     (
-        "a row of threads' sums forgotten",
-        ("resident", "(p.threads / p.plane_vectors)", "(p.threads / p.plane_vectors - 1)"),
+        "pixels: threads beyond publish",
+        ("publish", "by_warp ? unsigned(b.lane) < width : thread < unsigned(b.p.threads)", "true"),
     ),
     (
-        "threads not a multiple of the plane",
-        ("make_plan::resident", "(planes * p.plane_vectors)", "(planes * p.plane_vectors + 1)"),
-    ),
-    (
-        "fewer warps than a pack has channels",
-        ("make_plan::resident", "ceil_div(32 * p.pack - 31, p.plane_vectors)", "int64_t(1)"),
-    ),
-    (
-        "a block's share ends within a plane",
-        (
-            "make_plan::resident",
-            "(ceil_div(call.N, team) * p.plane_vectors)",
-            "(ceil_div(p.channel_vectors, team))",
-        ),
-    ),
-    (
-        "channels beyond whole packs",
-        ("make_plan", "call.C % pack == 0 &&", ""),
-    ),
-    (
-        "packed though x is not aligned",
-        ("make_plan", "size > 2 && aligned &&", "size > 2 &&"),
-    ),
-    (
-        "three channels in a vector",
-        ("make_plan", "call.HW >= size - 1 &&", ""),
-    ),
-    (
-        "a packed thread's vectors too near each other",
-        ("make_plan::resident", "packs * p.plane", "plane"),
-    ),
-    (
-        "too little room for the cluster's sums",
-        ("resident", "+ kMaxPack * kMaxCluster", "+ kMaxPack"),
-    ),
-    (
-        "too little room for the threads' sums",
-        ("make_plan::resident", "kResidentOverheadBytes + sums", "kResidentOverheadBytes"),
-    ),
-    # ---- resident and packed: from x to y
-    (
-        "vectors summed before they are there",
-        ("resident", "copies_wait<1>();", ""),
-    ),
-    (
-        "the second group summed before it is there",
-        ("resident", "(add, [] { copies_wait<0>(); })", "(add, [] {})"),
-    ),
-    (
-        "the groups of vectors not made",
-        ("resident", "{ copies_commit(); }", "{}"),
-    ),
-    (
-        "both groups made at once",
-        ("resident", "[] { copies_commit(); });", "[] {}); copies_commit(); copies_commit();"),
-        ("resident", "copies_wait<1>();", "copies_wait<2>();"),
-    ),
-    (
-        "eval: vectors stored before they are there",
-        ("resident", "copies_wait<0>(); } else {", "} else {"),
-    ),
-    (
-        "the vectors in registers not summed",
-        ("resident", "each_held(add);", ""),
-    ),
-    (
-        "the vectors in shared memory not stored",
-        ("resident", "each_kept(store, [] {});", ""),
-    ),
-    (
-        "the second group of vectors left out",
-        ("resident::each_kept", "< 2; ++group", "< 1; ++group"),
-    ),
-    (
-        "the second group of vectors not stored",
-        (
-            "resident",
-            "(store, [] {})",
-            (
-                "([&](const auto& x, const auto& place) { if (&x - kept < int(p.early * "
-                "p.threads)) store(x, place); }, [] {})"
-            ),
-        ),
-    ),
-    (
-        "a vector both in registers and in shared memory",
-        ("resident", "kHeld * p.threads", "(kHeld - 1) * p.threads"),
-    ),
-    (
-        "too little room for the vectors in shared memory",
-        (
-            "make_plan::resident",
-            "(resident_held(size, p.pack > 1))",
-            "(resident_held(size, p.pack > 1) + 1)",
-        ),
-    ),
-    (
-        "threads beyond take vectors",
-        ("resident", "thread < p.threads ? share.count : 0", "share.count"),
-    ),
-    (
-        "the sums of warps that are not there",
-        ("resident", "} else if (b.lane < int(blockDim.x / 32)) {", "} else {"),
-    ),
-    (
-        "pivots read before they are there",
-        ("resident", "pivots[warp] = pivot.a; __syncthreads();", "pivots[warp] = pivot.a;"),
-    ),
-    (
-        "warps' sums read before they are there",
-        ("resident", "wait_for_grid(); __syncthreads();", "wait_for_grid();"),
-    ),
-    (
-        "results read before they are there",
-        ("resident", "__syncthreads(); if (end == 0)", "if (end == 0)"),
-    ),
-    (
-        "a cooperative block of a warp too many",
-        ("make_plan::resident", "- 32 * cooperative", ""),
-    ),
-    (
-        "blocks larger than half of a multiprocessor",
-        ("make_plan::resident", "= half_bytes", "= 2 * half_bytes"),
-    ),
-    # ---- held, streamed and resident tiles
-    (
-        "the streamed tiles forgotten",
-        ("hold", "kept; first +", "p.held; first +"),
-    ),
-    (
-        "a streamed tile read for its neighbour",
-        ("hold", "+ h + p.held", "+ h + p.held + 1"),
-    ),
-    (
-        "held tiles stored at each other's places",
-        ("hold", "each_held(held[h], stored,", "each_held(held[kTiles - 1 - h], stored,"),
-    ),
-    (
-        "held tiles stored past their ends",
-        ("hold::each_held", "if (v < tile.count)", ""),
-    ),
-    (
-        "the first resident tile forgotten",
-        ("hold", "(t == kept) to_store", "(t == kept + 1) to_store"),
-    ),
-    (
-        "a resident tile taken for streamed",
-        ("hold", "(t < kept) release", "(t <= kept) release"),
-    ),
-    (
-        "streamed tiles not let go",
-        ("hold", "(t < kept) release", "(t < p.held) release"),
-    ),
-    (
-        "resident tiles not let go",
-        ("hold", "release(b, to_store.slot);", ""),
-    ),
-    (
-        "the ring's tiles let go before they are stored",
-        (
-            "store",
-            (
-                "for_each_vector<kAtOnce>(tile_at<T>(b, position.slot), warp * 32 + "
-                "b.lane, tile.count, p.storers * 32, [&](unsigned v, const Vector<T>& x) { "
-                "normalise(b, x, Place<T, kMasked>(b, tile, v), result); }); release(b, "
-                "position.slot)"
-            ),
-            (
-                "release(b, position.slot); for_each_vector<kAtOnce>(tile_at<T>(b, "
-                "position.slot), warp * 32 + b.lane, tile.count, p.storers * 32, "
-                "[&](unsigned v, const Vector<T>& x) { normalise(b, x, Place<T, "
-                "kMasked>(b, tile, v), result); })"
-            ),
-        ),
-    ),
-    # ---- the ring
-    (
-        "fewer tiles than stay in registers",
-        ("make_plan::lay_out", "p.tile_vectors), hold ? held_tiles : 1", "p.tile_vectors), 1"),
-    ),
-    (
-        "tiles in registers forgotten by the plan",
-        ("make_plan::lay_out", "held_tiles : 0", "held_tiles - 1 : 0"),
-    ),
-    (
-        "a tile of more vectors than stay in registers",
-        ("make_plan::lay_out", "kHoldVectors", "2 * kHoldVectors"),
-    ),
-    (
-        "channels that the ring cannot hold in the kernel that keeps them there",
-        ("make_plan::lay_out", "p.tiles + 4 <= p.slots", "true"),
-    ),
-    (
-        "more tiles in flight than slots",
-        (
-            "make_plan",
-            "std::min<int64_t>(kFlightBytes / tile_bytes, p.slots - 1)",
-            "kFlightBytes / tile_bytes",
-        ),
-    ),
-    (
-        "too few channel slots",
-        ("make_plan", "p.channel_slots =", "p.channel_slots = warps + 0 *"),
-    ),
-    (
-        "a slot empty when the first warp has stored it",
+        "sums there when all warps' but one are",
         (
             "fused_batch_norm_forward_kernel",
-            "32 * (p.storers > 0 ? p.storers : p.statistics)",
-            "32",
+            "blockDim.x - 32 * p.exchange_warps",
+            "blockDim.x - 32 * (p.exchange_warps + 1)",
         ),
     ),
     (
-        "phases not followed",
-        ("RingPosition::advance", "parity ^= 1;", ""),
-    ),
-    # ---- barriers
-    (
-        "barriers used before they are there",
-        ("fused_batch_norm_forward_kernel", "__syncthreads();", ""),
+        "results ready when one unit's are",
+        ("fused_batch_norm_forward_kernel", "32 * b.layout.units", "32"),
     ),
     (
-        "barriers not published to the copy engine",
-        ("fused_batch_norm_forward_kernel", "barrier_init_fence();", ""),
+        "parities as of one set of exchange warps",
+        ("Block::parity", "divide(i, p.sets) & 1", "i & 1"),
+    ),
+    ("sums and results share a barrier", ("Block::ready", "summed(i) + 1", "summed(i)")),
+    ("all sets of exchange warps share their barriers", ("Block::summed", "2 * set(i)", "0")),
+    (
+        "pivots of two generations in one place",
+        ("Block::pivot", "parity(i) * p.sets.divisor + set(i)", "set(i)"),
     ),
     (
-        "full counts half the arrivals",
-        ("fused_batch_norm_forward_kernel", "producers * 64", "producers * 32"),
-    ),
-    (
-        "a slow lane still reads a tile that is let go",
-        ("release", "barrier_arrive", "if (b.lane == 0) barrier_arrive"),
-        (
-            "fused_batch_norm_forward_kernel",
-            "32 * (p.storers > 0 ? p.storers : p.statistics)",
-            "(p.storers > 0 ? p.storers : p.statistics)",
-        ),
-    ),
-    (
-        "a slow lane still sums a tile that is let go",
-        ("Summary::publish", "barrier_arrive", "if (b.lane == 0) barrier_arrive"),
-        ("fused_batch_norm_forward_kernel", "32 * p.statistics", "p.statistics"),
-    ),
-    (
-        "a slow lane still reads partial sums",
-        ("finish", "barrier_arrive", "if (b.lane == 0) barrier_arrive"),
-        ("fused_batch_norm_forward_kernel", "ready[s], 32", "ready[s], 1"),
-    ),
-    (
-        "a slow lane of the producer misses a phase",
-        ("Producer::run", "__syncwarp();", ""),
-    ),
-    (
-        "the producer does not wait for an empty slot",
-        ("Producer::run", "barrier_wait(&b.shared.empty[position.slot], position.parity ^ 1);", ""),
-    ),
-    (
-        "the producer waits for the wrong phase",
-        ("Producer::run", "position.parity ^ 1", "position.parity"),
-    ),
-    (
-        "the store warps do not wait for the result",
-        ("wait_for_result", "barrier_wait(&b.shared.ready[at.slot], at.parity);", ""),
-    ),
-    (
-        "hold waits for the first channel's result again",
-        ("hold", "at.advance(1, p.channel_slots);", ""),
-    ),
-    (
-        "tiles summed before they are there",
-        ("summarise", "barrier_wait(&b.shared.full[position.slot], position.parity);", ""),
-    ),
-    (
-        "tiles held before they are there",
-        ("hold", "barrier_wait(&b.shared.full[position.slot], position.parity); Sums", "Sums"),
-    ),
-    (
-        "hold: tiles summed before they are there",
-        (
-            "hold",
-            "barrier_wait(&b.shared.full[position.slot], position.parity); summary",
-            "summary",
-        ),
+        "results, sums and pivots of one set too few",
+        ("SharedLayout", "sets = p.lag + 1", "sets = p.lag > 0 ? p.lag : 1"),
     ),
     (
         "partial sums read before they are there",
-        ("finish", "barrier_wait(&b.shared.summed[at.slot], at.parity);", ""),
-    ),
-    (
-        "fewer bytes expected than copied",
-        ("send", "(full, count * kVectorBytes)", "(full, count * kVectorBytes / 2)"),
-    ),
-    (
-        "bytes expected that no copy brings",
-        ("send", "(full, count * kVectorBytes)", "(full, tile.count * kVectorBytes)"),
-    ),
-    (
-        "copies not tracked",
-        ("send", "copies_arrive", "barrier_arrive"),
-    ),
-    (
-        "only copies tracked",
-        ("send", "barrier_arrive", "copies_arrive"),
-    ),
-    # ---- between blocks, through words
-    (
-        "no barrier of the grid",
         (
-            "fused_batch_norm_forward_kernel",
-            "if (p.cooperative) arrival = grid.barrier_arrive();",
-            "",
-        ),
-        (
-            "fused_batch_norm_forward_kernel::wait_for_grid",
-            "if (p.cooperative) grid.barrier_wait(std::move(arrival));",
-            "//",
+            "exchange",
+            "mbarrier_wait(b.summed(i), b.parity(i)); Sums<A> sums = block_sums(b, unit, i);",
+            "Sums<A> sums = block_sums(b, unit, i); mbarrier_wait(b.summed(i), b.parity(i));",
         ),
     ),
     (
-        "the grid's barrier not waited for",
+        "results written behind the arrival",
+        ("exchange", "mbarrier_arrive(b.ready(i));", ""),
         (
-            "fused_batch_norm_forward_kernel::wait_for_grid",
-            "if (p.cooperative) grid.barrier_wait(std::move(arrival));",
-            "//",
+            "exchange",
+            "if (leads) b.result(i)[unit.local]",
+            "mbarrier_arrive(b.ready(i)); if (leads) b.result(i)[unit.local]",
         ),
     ),
+    ("all lanes of a channel write its result", ("Unit::leads", "&& part == 0", "")),
     (
-        "words wiped behind the grid's barrier",
-        (
-            "fused_batch_norm_forward_kernel",
-            (
-                "for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < "
-                "p.scratch_words; i += int64_t(p.team) * p.teams * blockDim.x) "
-                "store_word(&a.scratch[i], Word{0, 0});"
-            ),
-            "",
-        ),
-        (
-            "fused_batch_norm_forward_kernel::wait_for_grid",
-            "(std::move(arrival))",
-            (
-                "(std::move(arrival)); for (int64_t i = int64_t(blockIdx.x) * blockDim.x + "
-                "threadIdx.x; i < p.scratch_words; i += int64_t(p.team) * p.teams * "
-                "blockDim.x) store_word(&a.scratch[i], Word{0, 0})"
-            ),
-        ),
+        "warps for one group's exchange only",
+        ("Planner::with_block", "layout(p).units * (lag + 1)", "layout(p).units"),
     ),
     (
-        "no barrier of the grid for the counter",
-        ("make_plan", "|| (call.cumulative && call.num_batches_tracked)", ""),
+        "every unit takes the first channels",
+        ("Unit", "index * channels + b.lane % channels", "b.lane % channels"),
+    ),
+    # ---- the block's sums
+    ("the last warp's sums left out", ("block_sums", "b.lane < rows", "b.lane < rows - 1")),
+    (
+        "a channel's last column forgotten",
+        ("block_sums", "c * kSize < end", "(c + 1) * kSize < end"),
+    ),
+    ("the channel before's sums taken for this one's", ("block_sums", "+ (c * kSize < first)", "")),
+    ("the last row of threads' sums forgotten", ("block_sums", "r < rows", "r < rows - 1")),
+    (
+        "pixel behind pixel: sums as of an aligned x",
+        ("block_sums", "(j * C + b.a.shift + unit.local)", "(j * C + unit.local)"),
     ),
     (
-        "scratch not zeroed: state of an earlier launch",
-        ("fused_batch_norm_forward_kernel", "store_word(&a.scratch[i], Word{0, 0})", ""),
+        "parts of pixels: sums as of an aligned x",
+        ("block_sums", "(j * C + b.a.shift) % kSize", "(j * C) % kSize"),
     ),
     (
-        "too little scratch",
-        ("make_plan::set_scratch", "(p.team, kLineWords) + 1", "(p.team, kLineWords)"),
+        "a thread's column changes from row to row",
+        ("Planner::grain", "32 : p.width.divisor", "32 : 32"),
     ),
-    (
-        "a peer's words believed without their tags",
-        ("exchange", "missing = missing || word[i].tag == 0", "(void)0"),
-    ),
-    (
-        "words without a mark where s2 is 0",
-        ("exchange", "__double_as_longlong(-own.s2)", "__double_as_longlong(own.s2)"),
-        ("exchange", "-__longlong_as_double", "__longlong_as_double"),
-    ),
-    (
-        "waits for blocks beyond the team",
-        ("exchange", "(unsigned long long)__double_as_longlong(-0.0)", "0ull"),
-    ),
-    (
-        "every block of a team reads the running statistics",
-        ("finish", "b.lane == 0, b.rank == 0", "b.lane == 0, true"),
-    ),
-    (
-        "every lane reads the running statistics",
-        ("finish", "b.lane == 0, b.rank == 0", "true, b.rank == 0"),
-    ),
-    (
-        "every block of a team updates the running buffers",
-        ("finish", "&& b.rank == 0", ""),
-    ),
-    (
-        "every block counts the batch",
-        (
-            "fused_batch_norm_forward_kernel::wait_for_grid",
-            "(call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0)",
-            "(call.num_batches_tracked && threadIdx.x == 0)",
-        ),
-    ),
-    (
-        "the counter read late",
-        (
-            "fused_batch_norm_forward_kernel",
-            "wait_for_grid()",
-            (
-                "wait_for_grid(); if (call.cumulative && call.num_batches_tracked) factor "
-                "= 1.0 / double(*call.num_batches_tracked)"
-            ),
-        ),
-    ),
-    (
-        "more blocks than fit",
-        ("fused_batch_norm_launch", "(plan.team * plan.teams)", "(plan.team * (plan.teams + 1))"),
-    ),
-    # ---- between blocks, resident and packed
-    (
-        "resident: no barrier of the grid",
-        (
-            "resident",
-            "wait_for_grid()",
-            (
-                "if (blockIdx.x == 0 && threadIdx.x == 0 && call.num_batches_tracked) "
-                "++*call.num_batches_tracked"
-            ),
-        ),
-    ),
-    (
-        "a team's channels share their scratch",
-        ("exchange", "channel * b.", "b.first_channel * b."),
-    ),
-    (
-        "resident: every block of a team updates the running buffers",
-        ("resident", "if (b.rank == 0)", ""),
-    ),
-    (
-        "resident: every block of a team reads the running statistics",
-        ("resident", "b.rank == 0 || !call.training", "true"),
-    ),
-    (
-        "resident: no cooperative launch",
-        (
-            "fused_batch_norm_launch",
-            "plan.cooperative;",
-            "plan.cooperative && plan.structure > kPacked;",
-        ),
-    ),
-    (
-        "no cluster asked for",
-        ("fused_batch_norm_launch", "plan.cluster ? 2 : 1", "1"),
-    ),
-    (
-        "clusters where there are none",
-        ("make_plan", "device.architecture >= 90 ? kMaxCluster : 1", "kMaxCluster"),
-    ),
-    (
-        "threads arrive at the cluster's barrier apart from their warp",
-        ("resident", "__syncwarp();  // .aligned", "// .aligned"),
-    ),
-    (
-        "threads wait at the cluster's barrier apart from their warp",
-        ("resident", "__syncwarp();  // or threads", "// or threads"),
-    ),
-    (
-        "no barrier of the cluster",
-        ("resident", "cluster_arrive();", ""),
-        ("resident", "if (p.cluster) cluster_wait();", ""),
-    ),
-    (
-        "the cluster's barrier not waited for",
-        ("resident", "if (p.cluster) cluster_wait();", ""),
-    ),
-    (
-        "peers written to before they are there",
-        ("resident", "if (p.cluster) cluster_wait();", ""),
-        (
-            "resident",
-            "__syncthreads(); if (end == 0)",
-            "if (p.cluster) cluster_wait(); __syncthreads(); if (end == 0)",
-        ),
-    ),
-    (
-        "the barrier for the peers' sums initialised when they may come",
-        ("resident", "cluster_arrive();", ""),
-        ("resident", "if (threadIdx.x == 0)", "cluster_arrive(); if (threadIdx.x == 0)"),
-    ),
-    (
-        "the barrier for the peers' sums not fenced",
-        ("resident", "barrier_init_fence();", ""),
-    ),
-    (
-        "one peer's sums not expected",
-        ("resident", "p.team * sizeof", "(p.team - 1) * sizeof"),
-    ),
-    (
-        "one channel's sums expected from peers",
-        ("resident", "p.pack * p.team * sizeof", "p.team * sizeof"),
-    ),
-    (
-        "the peers' sums not waited for",
-        ("resident", "barrier_wait_for_peers(gathered, 0);", ""),
-    ),
-    (
-        "the peers' sums waited for like own copies",
-        ("resident", "barrier_wait_for_peers", "barrier_wait"),
-    ),
-    (
-        "the peers' sums waited for in the next phase",
-        ("resident", "(gathered, 0)", "(gathered, 1)"),
-    ),
+    # ---- between the blocks of a cluster
     (
         "sums sent to the wrong rank's place",
-        ("resident", "of_channel[b.rank]", "of_channel[b.lane]"),
-    ),
-    (
-        "sums sent to the own block only",
-        (
-            "resident",
-            "send_to_peer(&of_channel[b.rank], b.lane,",
-            "send_to_peer(&of_channel[b.rank], b.rank,",
-        ),
+        ("cluster_sums", "st_async(&slots[b.rank], rank,", "st_async(&slots[rank], rank,"),
     ),
     (
         "sums sent to one block too many",
-        ("resident", "(b.lane < p.team)", "(b.lane <= p.team)"),
+        (
+            "cluster_sums",
+            "exists && rank < team; rank += unit.parts) st_async",
+            "exists && rank <= team; rank += unit.parts) st_async",
+        ),
+    ),
+    (
+        "the peers' sums not waited for",
+        ("cluster_sums", "mbarrier_wait_cluster(b.gathered(), 0);", ""),
+    ),
+    (
+        "the peers' sums waited for like own doings",
+        ("cluster_sums", "mbarrier_wait_cluster", "mbarrier_wait"),
+    ),
+    (
+        "one peer's sums not expected",
+        (
+            "fused_batch_norm_forward_kernel",
+            "p.team.divisor * sizeof",
+            "(p.team.divisor - 1) * sizeof",
+        ),
+    ),
+    (
+        "the barrier for the peers' sums not fenced",
+        ("fused_batch_norm_forward_kernel", "fence_mbarrier_init();", ""),
+    ),
+    (
+        "the barrier for the peers' sums initialised when they may come",
+        (
+            "fused_batch_norm_forward_kernel",
+            "if (p.team_kind == kClusterTeam) barrier_cluster_arrive();",
+            "",
+        ),
+        (
+            "fused_batch_norm_forward_kernel",
+            "if (threadIdx.x == 0) {",
+            "if (p.team_kind == kClusterTeam) barrier_cluster_arrive(); if (threadIdx.x == 0) {",
+        ),
+    ),
+    (
+        "threads arrive at the cluster's barrier apart from their warp",
+        (
+            "fused_batch_norm_forward_kernel",
+            "sizeof(SumSlot<A>)); } __syncwarp();",
+            "sizeof(SumSlot<A>)); }",
+        ),
+    ),
+    (
+        "threads wait at the cluster's barrier apart from their warp",
+        ("fused_batch_norm_forward_kernel::meet", "__syncwarp();", ""),
+    ),
+    (
+        "no barrier of the cluster",
+        (
+            "fused_batch_norm_forward_kernel",
+            "if (p.team_kind == kClusterTeam) barrier_cluster_arrive();",
+            "",
+        ),
+        (
+            "fused_batch_norm_forward_kernel::meet",
+            "if (p.team_kind == kClusterTeam) barrier_cluster_wait();",
+            "",
+        ),
+    ),
+    (
+        "exchange before the block has met the others",
+        (
+            "work",
+            "meet(); if (!works) return exchange(prepared);",
+            "if (!works) exchange(prepared); meet(); if (!works) return;",
+        ),
+    ),
+    # ---- between the blocks of the grid
+    (
+        "the block's own sums added twice in the grid",
+        ("grid_sums", "Sums<A> sums;", "Sums<A> sums = b.lane == 0 ? own : Sums<A>();"),
+    ),
+    ("the last block's sums left out", ("grid_sums", "rank < team ?", "rank < team - 1 ?")),
+    (
+        "sums of blocks beyond the team",
+        (
+            "grid_sums",
+            "rank < team ? ld_relaxed(&slots[rank * channels]) : SumSlot<A>{0, A(-0.0)}",
+            "ld_relaxed(&slots[rank * channels])",
+        ),
+    ),
+    (
+        "sums left at another block's place",
+        ("grid_sums", "st_relaxed(&slots[b.rank * channels]", "st_relaxed(&slots[b.rank]"),
+    ),
+    (
+        "a block leaves sums of channels outside the group",
+        ("grid_sums", "if (exists && unit.part == 0)", "if (unit.part == 0)"),
+    ),
+    (
+        "a peer's sums believed before they are there",
+        ("grid_sums", "while (!complete)", "while (false)"),
+    ),
+    ("sums that are NaN taken for an empty slot", ("grid_sums", "slot[k].minus_s2 != 0 ||", "")),
+    (
+        "slots added again with the next ones",
+        ("grid_sums", "first += kSlots * unit.parts", "first += unit.parts"),
+    ),
+    ("sums without a mark where s2 is 0", ("grid_sums", "-own.s2", "0 - own.s2")),
+    (
+        "no block counted",
+        ("grid_sums", "red_add_relaxed(counter);", ""),
+    ),
+    (
+        "one unit's count among the sums",
+        ("grid_sums", "(group + b.layout.units * kLineBytes)", "(group + kLineBytes)"),
+    ),
+    (
+        "groups share their scratch",
+        ("grid_sums", "b.group(i) * b.layout.group_bytes", "b.first_group * b.layout.group_bytes"),
+    ),
+    (
+        "scratch for one channel of a group",
+        ("SharedLayout", "int64_t(team) * p.channels * slot_bytes", "int64_t(team) * slot_bytes"),
+    ),
+    (
+        "too little scratch",
+        ("fused_batch_norm_launch", "size_t(plan.groups) *", "size_t(plan.groups - 1) *"),
+    ),
+    (
+        "scratch not zeroed: state of an earlier launch",
+        ("fused_batch_norm_forward_kernel", "st_relaxed(&slots[i], SumSlot<A>{0, 0})", ""),
+    ),
+    (
+        "scratch zeroed behind the arrival at the grid's barrier",
+        ("fused_batch_norm_forward_kernel", "arrival = grid.barrier_arrive();", ""),
+        (
+            "fused_batch_norm_forward_kernel",
+            "auto* const slots =",
+            "arrival = grid.barrier_arrive(); auto* const slots =",
+        ),
+    ),
+    (
+        "no barrier of the grid",
+        ("fused_batch_norm_forward_kernel", "arrival = grid.barrier_arrive();", ""),
+        ("fused_batch_norm_forward_kernel::meet", "grid.barrier_wait(std::move(arrival))", ""),
+    ),
+    # ---- the start, running buffers and the counter
+    ("no barrier of the block at the start", ("work", "if (i == -p.lag) __syncthreads();", "")),
+    (
+        "the cumulative average where blocks do not wait for each other",
+        ("Planner::counts_batches", "call.cumulative && call.num_batches_tracked", "false"),
+    ),
+    ("every block of a team updates the running buffers", ("exchange", "b.rank == 0 &&", "")),
+    ("parameters of channels behind C", ("load_channel", "|| c >= call.C", "")),
+    (
+        "parameters of the group that is done",
+        ("exchange", "load_channel(b, unit, i + sets)", "load_channel(b, unit, i)"),
+    ),
+    (
+        "every block counts the batch",
+        ("fused_batch_norm_forward_kernel::meet", "blockIdx.x == 0 &&", ""),
+    ),
+    (
+        "the batch counted before all blocks have read the counter",
+        (
+            "fused_batch_norm_forward_kernel::meet",
+            (
+                "if (call.training && call.num_batches_tracked && blockIdx.x == 0 && "
+                "threadIdx.x == 0) red_add_relaxed(call.num_batches_tracked);"
+            ),
+            "",
+        ),
+        (
+            "fused_batch_norm_forward_kernel::meet",
+            "__syncwarp();",
+            (
+                "if (call.training && call.num_batches_tracked && blockIdx.x == 0 && "
+                "threadIdx.x == 0) red_add_relaxed(call.num_batches_tracked); __syncwarp();"
+            ),
+        ),
+    ),
+    # ---- the layout of shared memory
+    (
+        "places of one group only",
+        (
+            "SharedLayout",
+            "int(p.stages.divisor) * p.smem_rows * p.threads",
+            "p.smem_rows * p.threads",
+        ),
+    ),
+    (
+        "results where the peers' sums come",
+        ("SharedLayout", "p.team_kind == kClusterTeam ?", "false ?"),
+    ),
+    (
+        "barriers where results are",
+        ("SharedLayout", "3 * sets * p.channels", "2 * sets * p.channels"),
+    ),
+    (
+        "partial sums where the cluster's barrier is",
+        ("SharedLayout", "(2 * sets + 2)", "(2 * sets)"),
+    ),
+    (
+        "pivots where partial sums are",
+        ("SharedLayout", "partial_at + 2 * sets", "partial_at + sets"),
+    ),
+    # ---- the plan and the launch
+    (
+        "no cooperative launch",
+        ("fused_batch_norm_launch", "plan.team_kind == kGridTeam", "0"),
+    ),
+    (
+        "no cluster asked for",
+        ("fused_batch_norm_launch", "plan.team_kind == kClusterTeam ? 2 : 1", "1"),
+    ),
+    (
+        "clusters where there are none",
+        ("Planner::small", "device.architecture >= 90 ? kMaxCluster : 1", "kMaxCluster"),
+    ),
+    (
+        "only whole warps of threads",
+        ("fused_batch_norm_launch", "ceil_div(plan.threads, 32)", "std::max(plan.threads / 32, 1)"),
+    ),
+    (
+        "more teams than fit at once",
+        (
+            "Planner::with_block",
+            "blocks * device.multiprocessors / team",
+            "(blocks + 1) * device.multiprocessors / team",
+        ),
+    ),
+    (
+        "blocks larger than their share of a multiprocessor",
+        ("Planner::with_block", "> multiprocessor_bytes / blocks", "> multiprocessor_bytes"),
+    ),
+    (
+        "rows in shared memory that is taken",
+        ("Planner::large", "(bytes - p.shared_bytes) / row_bytes", "bytes / row_bytes"),
+    ),
+    (
+        "teams larger than all multiprocessors have room for",
+        (
+            "Planner::large",
+            "std::min<int>(blocks * device.multiprocessors,",
+            "std::min<int>((blocks + 1) * device.multiprocessors,",
+        ),
     ),
 ]
 
@@ -1021,6 +929,7 @@ def main():
         unchanged = pool.submit(examine, (), text, build_dir)
         verdicts = [pool.submit(examine, edits, text, build_dir) for _, *edits in MUTANTS]
         if any(unchanged.result()):
+            pool.shutdown(cancel_futures=True)
             sys.exit(f"the kernel itself fails: {''.join(unchanged.result())}")
         for (name, *_), result in zip(MUTANTS, verdicts, strict=True):
             caught, trouble = result.result()

@@ -122,7 +122,17 @@ check.LAYOUTS |= {
     "channel_slice": channel_slice,
     "expanded": lambda x: x[:1].expand(x.shape),
 }
-COPIED = ("channels_last", "strided", "transposed", "channel_slice", "expanded")
+
+
+def batch_slice(x: torch.Tensor) -> torch.Tensor:
+    """Channels-last, without the first image: dense, but it may start within a 16-byte vector."""
+    whole = torch.cat([x[:1], x]).contiguous(memory_format=torch.channels_last)
+    return whole[1:]
+
+
+check.LAYOUTS |= {"channels_last_slice": batch_slice}
+CHANNELS_LAST = ("channels_last", "channels_last_slice")
+COPIED = ("strided", "transposed", "channel_slice", "expanded")
 
 
 # ------------------------------------------------------------------------------------ the table
@@ -166,6 +176,7 @@ MORE_CASES = [
     Case("HW a power of two", (8, 16, 1, 1024), small=(3, 4, 1, 128)),
     Case("HW one more than a vector", (8, 16, 1, 1025), small=(3, 4, 1, 129)),
     Case("W = 0", (2, 5, 4, 0)),
+    Case("N = 0, plane 1x1", (0, 5, 1, 1)),
     # Memory layouts.
     Case(
         "channels-last, float16",
@@ -174,6 +185,36 @@ MORE_CASES = [
         F32,
         layout="channels_last",
         small=(3, 8, 6, 6),
+    ),
+    Case("channels-last, C = 3", (8, 3, 224, 224), layout="channels_last", small=(3, 3, 12, 14)),
+    Case("channels-last, C = 33", (16, 33, 29, 31), layout="channels_last", small=(3, 33, 5, 7)),
+    Case(
+        "channels-last, C = 70, bfloat16",
+        (16, 70, 29, 31),
+        BF16,
+        F32,
+        layout="channels_last",
+        small=(3, 70, 5, 7),
+    ),
+    Case(
+        "channels-last, large channels",
+        (16, 64, 256, 256),
+        layout="channels_last",
+        small=(3, 8, 24, 24),
+    ),
+    Case(
+        "channels-last, a slice of the batch",
+        (8, 17, 31, 33),
+        layout="channels_last_slice",
+        small=(3, 17, 5, 5),
+    ),
+    Case("channels-last, float64", (8, 6, 31, 33), F64, layout="channels_last", small=(3, 6, 5, 5)),
+    Case(
+        "eval, channels-last, C = 33",
+        (16, 33, 29, 31),
+        training=False,
+        layout="channels_last",
+        small=(9, 33, 15, 17),
     ),
     Case(
         "unaligned by one element, float16",
@@ -355,16 +396,22 @@ def random_case(seed: int, gpu: Device | None = None) -> tuple[Case, Device]:
     most_elems = 2 ** (24 if gpu else 17 if large else r.randint(13, 16))
     C = max(1, min(pack * packs, most_elems // (H * W)))
     N = max(1, int(min(share_bytes / dtype.itemsize / pack, most_elems / C) / (H * W)))
+    if r.random() < 0.1:
+        N = min(N, r.randint(1, 4))
     if N * H * W == 1:
         N = 2
+    data = r.choice(("mixed", "uniform", "constant", "outlier first", *RANDOM_DATA))
     unaligned = r.choice(("unaligned", *UNALIGNED))
+    layout = r.choice(("contiguous",) * 6 + (*CHANNELS_LAST * 2, *COPIED, unaligned, unaligned))
+    if r.random() < 0.01:
+        N, data, layout = 0, "uniform", "contiguous"
     case = Case(
         f"random {seed}",
         (N, C, H, W),
         dtype,
         params=r.choice((dtype, dtype if dtype == F64 else F32)),  # PyTorch cannot do the mix
-        data=r.choice(("mixed", "uniform", "constant", *RANDOM_DATA)),
-        layout=r.choice(("contiguous",) * 6 + (*COPIED, unaligned, unaligned)),
+        data=data,
+        layout=layout,
         training=r.random() < 0.8,
         steps=r.choice((1, 1, 2)),
         settings=(

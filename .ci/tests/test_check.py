@@ -21,7 +21,7 @@ WRONG = {
     "one value per channel": ["--plan", "1x64x1x1"],
     "larger than a GPU": ["--plan", "100000x100000x1000x1000"],
     "unknown type": ["--plan", "4x64x56x56", "--dtype", "int8"],
-    "plan and timing": ["--plan", "4x64x56x56", "--channels-last"],
+    "plan and timing": ["--plan", "4x64x56x56", "--json", "rows.json"],
     "readme and a shape": ["--readme", "--shape", "4x64x56x56"],
     "neither file nor revision": ["--against", "no such thing"],
     "unknown option": ["--seeds", "-3"],

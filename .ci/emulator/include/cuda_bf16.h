@@ -20,6 +20,5 @@ struct __nv_bfloat16 {
 };
 struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
 
-__forceinline__ __nv_bfloat16 __float2bfloat16_rn(float value) { return __nv_bfloat16(value); }
 __forceinline__ float __bfloat162float(__nv_bfloat16 value) { return float(value); }
 __forceinline__ __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__nv_bfloat16(x), __nv_bfloat16(y)}; }

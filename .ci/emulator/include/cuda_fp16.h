@@ -29,7 +29,6 @@ struct __half {
     return bits & 0x8000 ? -value : value;
   }
 };
-typedef __half half;
 struct alignas(4) __half2 { __half x, y; };
 
 __forceinline__ float __half2float(__half value) { return float(value); }

@@ -21,8 +21,11 @@ extern "C" void* memset(void*, int, std::size_t) noexcept __asm__("emulated_mems
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __grid_constant__
 #define __CUDA_ARCH_LIST__ 10 * emulator::capability()  // as if compiled for the pretended device
+
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 
 // Set at each switch of fibres. `const`, since a fibre never sees them change: the compiler may keep them.
 extern "C" {
@@ -33,36 +36,27 @@ extern const dim3 blockDim, gridDim;
 // ---- device functions
 
 using std::isfinite;
+using std::signbit;
 __forceinline__ double rsqrt(double v) { return 1.0 / std::sqrt(v); }
 template <typename T> __forceinline__ T min(T a, T b) { return b < a ? b : a; }
 template <typename T> __forceinline__ T max(T a, T b) { return a < b ? b : a; }
+__forceinline__ float __uint_as_float(unsigned bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
 __forceinline__ unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
-__forceinline__ long long __double_as_longlong(double v) {
-  long long bits;
-  __builtin_memcpy(&bits, &v, 8);
-  return bits;
-}
-__forceinline__ double __longlong_as_double(long long bits) {
-  double v;
-  __builtin_memcpy(&v, &bits, 8);
-  return v;
-}
 
 __forceinline__ void __syncthreads() { emulator::sync_block(); }
 __forceinline__ void __syncwarp(unsigned mask = ~0u) { emulator::sync_warp(mask); }
 
-template <typename T> __forceinline__ T emulated_shuffle(unsigned mask, T value, unsigned from_lane) {
+template <typename T> __forceinline__ T __shfl_xor_sync(unsigned mask, T value, int bits) {
   static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
-  uint64_t bits = 0;
-  __builtin_memcpy(&bits, &value, sizeof(T));
-  bits = emulator::shuffle(mask, bits, from_lane);
-  __builtin_memcpy(&value, &bits, sizeof(T));
+  uint64_t word = 0;
+  __builtin_memcpy(&word, &value, sizeof(T));
+  word = emulator::shuffle(mask, word, emulator::lane() ^ unsigned(bits));
+  __builtin_memcpy(&value, &word, sizeof(T));
   return value;
-}
-// `width` splits the warp into independent parts; a source outside the lane's part means its own value.
-template <typename T> __forceinline__ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
-  const unsigned lane = emulator::lane(), from = lane ^ unsigned(bits);
-  return emulated_shuffle(mask, value, from / unsigned(width) > lane / unsigned(width) ? lane : from);
 }
 
 // ---- host functions
@@ -79,23 +73,15 @@ enum cudaError {
 };
 typedef cudaError cudaError_t;
 enum cudaDeviceAttr {
-  cudaDevAttrMaxThreadsPerBlock = 1,
-  cudaDevAttrMaxSharedMemoryPerBlock = 8,
-  cudaDevAttrWarpSize = 10,
   cudaDevAttrMultiProcessorCount = 16,
-  cudaDevAttrL2CacheSize = 38,
-  cudaDevAttrMaxThreadsPerMultiProcessor = 39,
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
-  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
-  cudaDevAttrCooperativeLaunch = 95,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
   cudaDevAttrReservedSharedMemoryPerBlock = 111,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 enum cudaLaunchAttributeID {
-  cudaLaunchAttributeIgnore = 0,
   cudaLaunchAttributeCooperative = 2,
   cudaLaunchAttributeClusterDimension = 4,
 };
@@ -146,9 +132,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const auto run = [](const void* call) {
     std::apply(static_cast<const Call*>(call)->kernel, static_cast<const Call*>(call)->arguments);
   };
-  emulator::Launch launch{config->gridDim.x, config->gridDim.y, config->blockDim.x, config->dynamicSmemBytes, false, 1,
+  emulator::Launch launch{config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, false, 1,
                           reinterpret_cast<const void*>(kernel)};
-  if (config->gridDim.z * config->blockDim.y * config->blockDim.z != 1) return cudaErrorNotSupported;
+  if (config->gridDim.y * config->gridDim.z * config->blockDim.y * config->blockDim.z != 1) return cudaErrorNotSupported;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
     if (attribute.id == cudaLaunchAttributeCooperative) {
@@ -156,7 +142,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     } else if (attribute.id == cudaLaunchAttributeClusterDimension) {
       if (attribute.val.clusterDim.y != 1 || attribute.val.clusterDim.z != 1) return cudaErrorNotSupported;
       launch.cluster = attribute.val.clusterDim.x;
-    } else if (attribute.id != cudaLaunchAttributeIgnore) {
+    } else {
       return cudaErrorNotSupported;
     }
   }

@@ -24,39 +24,38 @@ __attribute__((const)) unsigned lane();
 void sync_block();
 void grid_arrive();
 void grid_wait();
-void cluster_arrive();
-void cluster_wait();
+void barrier_cluster_arrive();
+void barrier_cluster_wait();
 void sync_warp(unsigned mask);
 
 // Values between the lanes in `mask`; these do not order memory. Lane i gets the value of lane `from`.
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane);
 
-// mbarriers in shared memory, and the asynchronous copies that arrive on them.
-void barrier_init(uint64_t* barrier, unsigned arrivals);
-void barrier_init_fence();
-void barrier_arrive(uint64_t* barrier, unsigned expected_bytes);
-void barrier_wait(uint64_t* barrier, unsigned parity);
-void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier);
-void copy_16(void* shared, const void* global);
-void copies_arrive(uint64_t* barrier);
-// 16 bytes to where block `rank` of the cluster has what this block has at `shared`, counted on its `barrier`.
-void send_to_peer(void* shared, unsigned rank, const void* value, uint64_t* barrier);
-void barrier_wait_for_peers(uint64_t* barrier, unsigned parity);
-// ... or that their thread waits for.
-void copies_commit();
-void copies_wait(unsigned groups_on_their_way);
+// mbarriers in shared memory, and messages between the blocks of a cluster, which count on them.
+void mbarrier_init(uint64_t* barrier, unsigned arrivals);
+void fence_mbarrier_init();
+void mbarrier_arrive(uint64_t* barrier);
+void mbarrier_arrive_expect_tx(uint64_t* barrier, unsigned bytes);
+void mbarrier_wait(uint64_t* barrier, unsigned parity);
+void mbarrier_wait_cluster(uint64_t* barrier, unsigned parity);
+// `bytes` (8 or 16) to where block `rank` of the cluster has what this block has at `shared`, counted on its `barrier`.
+void send_to_peer(void* shared, unsigned rank, const void* value, unsigned bytes, uint64_t* barrier);
 
-// Relaxed 16-byte accesses: atomic, so no data race among themselves, but they order nothing else.
+// Asynchronous copies, which their thread waits for.
+void cp_async_16(void* shared, const void* global);
+void cp_async_commit_group();
+void cp_async_wait_group(unsigned groups_on_their_way);
+
+// Relaxed accesses: atomic, so no data race among themselves, but they order nothing else.
 void load_atomic(void* value, const void* address, size_t bytes);
 void store_atomic(void* address, const void* value, size_t bytes);
 void add_atomic(unsigned long long* address, unsigned long long value);
 void store_aligned(void* address, const void* value, size_t bytes);
-void nap();
+void nanosleep();
 
 // The host's side.
 struct Launch {
-  unsigned grid_x, grid_y, threads;
-  unsigned blocks() const { return grid_x * grid_y; }
+  unsigned blocks, threads;
   size_t shared_bytes;
   bool cooperative;
   unsigned cluster;  // blocks of one

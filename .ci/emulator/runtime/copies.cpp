@@ -1,8 +1,8 @@
-// mbarriers, and the asynchronous copies that arrive on them or that their thread waits for.
+// mbarriers, messages between the blocks of a cluster, which count on them, and copies that their thread waits for.
 //
-// A copy lands as late as the rules allow: its bytes turn to poison when it is issued and arrive only when the schedule
-// says so, at the latest when no thread can go on without them. Who touches them before a wait has told it that they
-// are there races with the copy.
+// Both land as late as the rules allow: their bytes turn to poison when they are issued. A copy's arrive when its thread has
+// waited for it, a message's when the schedule says so, at the latest when no thread can go on without them. Who touches them
+// before a wait has told it that they are there races with the copy or the message.
 #include <algorithm>
 #include <cstring>
 
@@ -25,11 +25,11 @@ static Mbarrier& find(const uint64_t* barrier, const void* place, Block& block =
   const bool seen = &block == current->block ? has_seen(*current, b.initialised) : barriers_known(*current, kCluster) >= b.shown;
   if (!seen) fail("data race", name_of(*current) + " uses an mbarrier, unordered with its initialisation", place);
   if (!b.fenced && b.initialised_by != current)
-    fail("barrier", name_of(*current) + " uses an mbarrier whose initialisation no barrier_init_fence published", place);
+    fail("barrier", name_of(*current) + " uses an mbarrier whose initialisation no fence_mbarrier_init published", place);
   return b;
 }
 
-void barrier_init(uint64_t* barrier, unsigned arrivals) {
+void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
   const void* place = walk(__builtin_return_address(0));
   Block& block = *current->block;
   const uint32_t offset = offset_of(barrier, 8, "an mbarrier", place);
@@ -47,7 +47,7 @@ void barrier_init(uint64_t* barrier, unsigned arrivals) {
   block.barriers_end = std::max(block.barriers_end, offset + 8);
 }
 
-void barrier_init_fence() {
+void fence_mbarrier_init() {
   for (auto& [offset, b] : current->block->barriers) {
     if (b.fenced || b.initialised_by != current) continue;
     b.fenced = true;
@@ -57,7 +57,7 @@ void barrier_init_fence() {
 
 static void complete_if_due(Mbarrier& b) {
   if (b.pending != 0 || b.bytes != 0) return;
-  if (b.copies != 0) fail("barrier", "an mbarrier's phase ends while copies of it are in flight: it expects too few bytes", nullptr);
+  if (b.messages != 0) fail("barrier", "an mbarrier's phase ends while messages are in flight: it expects too few bytes", nullptr);
   b.completed.join(b.gathering);
   b.pending = b.arrivals;
   ++b.phase;
@@ -65,160 +65,125 @@ static void complete_if_due(Mbarrier& b) {
   b.waiting.clear();
 }
 
-static void arrive(Mbarrier& b, const void* place) {
+static void arrive(uint64_t* barrier, unsigned expected_bytes, const void* place) {
+  preempt();
+  Mbarrier& b = find(barrier, place);
+  release(b.gathering);
+  b.bytes += expected_bytes;
+  if (b.bytes >= 1 << 20) fail("barrier", "an mbarrier expects 2^20 bytes or more", place);
   machine.naps_since_event = 0;
   if (b.pending == 0) fail("barrier", "more arrivals in one phase of an mbarrier than it was initialised for", place);
   --b.pending;
   complete_if_due(b);
 }
 
-static void arrive_now(uint64_t* barrier, unsigned expected_bytes, const void* place) {
-  preempt();
-  Mbarrier& b = find(barrier, place);
-  release(b.gathering);
-  b.bytes += expected_bytes;
-  if (b.bytes >= 1 << 20) fail("barrier", "an mbarrier expects 2^20 bytes or more", place);
-  arrive(b, place);
-}
+void mbarrier_arrive(uint64_t* barrier) { arrive(barrier, 0, walk(__builtin_return_address(0))); }
 
-void barrier_arrive(uint64_t* barrier, unsigned expected_bytes) {
-  arrive_now(barrier, expected_bytes, walk(__builtin_return_address(0)));
+void mbarrier_arrive_expect_tx(uint64_t* barrier, unsigned bytes) {
+  const void* place = walk(__builtin_return_address(0));
+  require_clusters(place);
+  arrive(barrier, bytes, place);
 }
 
 static void wait(uint64_t* barrier, unsigned parity, bool for_peers, const void* place) {
   preempt();
   Mbarrier& b = find(barrier, place);
-  if (b.from_peers && !for_peers) fail("barrier", "barrier_wait on an mbarrier that peers send to: it shows only this block's own doings", place);
+  if (b.from_peers && !for_peers) fail("barrier", "mbarrier_wait on an mbarrier that peers send to: it shows only this block's own doings", place);
   if (parity > 1) fail("barrier", "a parity is 0 or 1", place);
   // Looked at again after waking up: a thread that comes so late that the next phase is over too has missed its own.
   while ((b.phase & 1) == parity) {
     b.waiting.push_back(current);
     current->barrier = barrier;
     current->parity = parity;
-    block_on("barrier_wait", place);
+    block_on("mbarrier_wait", place);
   }
   acquire(b.completed);
 }
 
-void barrier_wait(uint64_t* barrier, unsigned parity) { wait(barrier, parity, false, walk(__builtin_return_address(0))); }
+void mbarrier_wait(uint64_t* barrier, unsigned parity) { wait(barrier, parity, false, walk(__builtin_return_address(0))); }
 
-void barrier_wait_for_peers(uint64_t* barrier, unsigned parity) {
+void mbarrier_wait_cluster(uint64_t* barrier, unsigned parity) {
   const void* place = walk(__builtin_return_address(0));
   require_clusters(place);
   wait(barrier, parity, true, place);
 }
 
-// Bytes that `agent` will write at `time`: ordered behind all that the issuing thread has seen, known to nobody yet.
-static void issue(void* shared, const void* global, unsigned bytes, Epoch mark, const void* place) {
-  access(global, bytes, Access::kRead, false, mark, place);
-  access(shared, bytes, Access::kWrite, false, mark, place);
-  poison(shared, bytes);
-}
-
-static Epoch copy_epoch(Block& block, Mbarrier& b, const void* place) {
+// The messages of one phase of an mbarrier are steps of a participant of their own.
+static Epoch message_epoch(Block& block, Mbarrier& b, const void* place) {
   if (b.agent < 0) {
-    if (block.agents == kCopyAgents) fail("limit", "more mbarriers with copies than the emulator has clocks for", place);
+    if (block.agents == kAgents) fail("limit", "more mbarriers with messages than the emulator has clocks for", place);
     b.agent = int(machine.launch.threads + block.agents++);
   }
   return epoch(block, b.agent, Time(b.phase + 1), false);
 }
 
-void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
-  const void* place = walk(__builtin_return_address(0));
-  preempt();
-  Block& block = *current->block;
-  if (machine.device.capability < 90) fail("device", "bulk copies need compute capability 9.0", place);
-  Mbarrier& b = find(barrier, place);
-  offset_of(shared, bytes, "a bulk copy's destination", place);
-  require_aligned(shared, 16, Access::kWrite, place);
-  require_aligned(global, 16, Access::kRead, place);
-  if (bytes == 0 || bytes % 16) fail("misaligned", "a bulk copy moves a multiple of 16 bytes, not " + std::to_string(bytes), place);
-  issue(shared, global, bytes, copy_epoch(block, b, place), place);
-  ++b.copies;
-  machine.in_flight.push_back({&block, offset_of(barrier, 8, "", place),
-                               {{static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes}},
-                               bytes, false});
-}
-
-void send_to_peer(void* shared, unsigned rank, const void* value, uint64_t* barrier) {
+void send_to_peer(void* shared, unsigned rank, const void* value, unsigned bytes, uint64_t* barrier) {
   const void* place = walk(__builtin_return_address(0));
   preempt();
   require_clusters(place);
   if (rank >= machine.launch.cluster)
     fail("cluster", name_of(*current) + " sends to block " + std::to_string(int(rank)) + " of a cluster of " +
                         std::to_string(machine.launch.cluster), place);
-  const uint32_t offset = offset_of(shared, 16, "a message", place);
-  require_aligned(shared, 16, Access::kWrite, place);
+  const uint32_t offset = offset_of(shared, bytes, "a message", place);
+  require_aligned(shared, bytes, Access::kWrite, place);
   unsigned char* const to = shared_of(current->block->slot - current->block->rank() + rank) + offset;
   Block& peer = visit(rank, uintptr_t(to), Access::kWrite, place);
   Mbarrier& b = find(barrier, place, peer);
-  access(to, 16, Access::kWrite, false, copy_epoch(peer, b, place), place);
-  poison(to, 16);
+  access(to, bytes, Access::kWrite, false, message_epoch(peer, b, place), place);
+  poison(to, bytes);
   b.from_peers = true;
-  ++b.copies;
-  const auto* const bytes = static_cast<const unsigned char*>(value);
-  machine.in_flight.push_back({&peer, offset_of(barrier, 8, "", place), {{to, nullptr, 16}}, 16, false, {bytes, bytes + 16}});
+  ++b.messages;
+  machine.messages.push_back({&peer, offset_of(barrier, 8, "", place), to, bytes, {}});
+  memcpy(machine.messages.back().value, value, bytes);
 }
 
-void copy_16(void* shared, const void* global) {
+void cp_async_16(void* shared, const void* global) {
   const void* place = walk(__builtin_return_address(0));
   offset_of(shared, 16, "a copy's destination", place);
   require_aligned(shared, 16, Access::kWrite, place);
   require_aligned(global, 16, Access::kRead, place);
-  if (machine.device.capability < 80) {  // no cp.async there: a plain copy
-    access(global, 16, Access::kRead, false, now(*current, false), place);
-    access(shared, 16, Access::kWrite, false, now(*current, false), place);
+  const bool at_once = machine.device.capability < 80;  // no cp.async there: a plain copy
+  const Epoch mark = at_once ? now(*current, false) : epoch(*current->block, current->thread, kNotYet, false);
+  access(global, 16, Access::kRead, false, mark, place);
+  access(shared, 16, Access::kWrite, false, mark, place);
+  if (at_once) {
     memcpy(shared, global, 16);
     return;
   }
-  issue(shared, global, 16, epoch(*current->block, current->thread, kNotYet, false), place);
-  current->untracked.push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), 16});
+  poison(shared, 16);
+  current->copies.push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global)});
 }
 
-void copies_arrive(uint64_t* barrier) {
-  const void* place = walk(__builtin_return_address(0));
-  if (machine.device.capability < 80) return arrive_now(barrier, 0, place);
-  preempt();
-  Block& block = *current->block;
-  Mbarrier& b = find(barrier, place);
-  const Epoch mark = copy_epoch(block, b, place);
-  for (const Fibre::Piece& piece : current->untracked) track(piece.to, piece.bytes, mark);
-  machine.in_flight.push_back({&block, offset_of(barrier, 8, "", place), std::move(current->untracked), 0, true});
-  current->untracked.clear();
-  current->groups.clear();
-}
-
-void copies_commit() {
-  if (machine.device.capability >= 80) current->groups.push_back(current->untracked.size());
+void cp_async_commit_group() {
+  if (machine.device.capability >= 80) current->groups.push_back(current->copies.size());
 }
 
 // The thread has seen what it waited for, as if it had just written it itself.
-void copies_wait(unsigned groups_on_their_way) {
+void cp_async_wait_group(unsigned groups_on_their_way) {
   preempt();
-  auto& pieces = current->untracked;
+  auto& copies = current->copies;
   auto& groups = current->groups;
   if (groups.size() <= groups_on_their_way) return;
   const size_t done = groups.size() - groups_on_their_way, landed = groups[done - 1];
   for (size_t i = 0; i < landed; ++i) {
-    memcpy(pieces[i].to, pieces[i].from, pieces[i].bytes);
-    track(pieces[i].to, pieces[i].bytes, now(*current, false));
+    memcpy(copies[i].to, copies[i].from, 16);
+    track(copies[i].to, 16, now(*current, false));
   }
-  pieces.erase(pieces.begin(), pieces.begin() + landed);
+  copies.erase(copies.begin(), copies.begin() + landed);
   groups.erase(groups.begin(), groups.begin() + done);
   for (size_t& group : groups) group -= landed;
 }
 
 void land(size_t which) {
-  std::swap(machine.in_flight[which], machine.in_flight.back());
-  const Copies copies = std::move(machine.in_flight.back());
-  machine.in_flight.pop_back();
-  for (const Fibre::Piece& piece : copies.pieces) memcpy(piece.to, piece.from ? piece.from : copies.value.data(), piece.bytes);
-  Mbarrier& b = copies.block->barriers.at(copies.barrier);
+  std::swap(machine.messages[which], machine.messages.back());
+  const Message message = machine.messages.back();
+  machine.messages.pop_back();
+  memcpy(message.to, message.value, message.bytes);
+  Mbarrier& b = message.block->barriers.at(message.barrier);
   b.gathering.at[b.agent] = Time(b.phase + 1);
   machine.naps_since_event = 0;
-  if (copies.arrives) return arrive(b, nullptr);
-  --b.copies;
-  b.bytes -= copies.bytes;
+  --b.messages;
+  b.bytes -= message.bytes;
   complete_if_due(b);
 }
 

@@ -15,8 +15,8 @@ namespace emulator {
 
 using Time = uint32_t;
 
-// A vector clock over the participants of one block: its threads, and the copies of each of its mbarriers, which
-// move data in their own time. Entry i: up to which of its steps participant i is known to have come. Then, for each
+// A vector clock over the participants of one block: its threads, and the messages to each of its mbarriers, which
+// come in their own time. Entry i: up to which of its steps participant i is known to have come. Then, for each
 // Level, how many barriers of the block's Group are known to be complete: what that tells of other blocks, the Group knows.
 struct Clock {
   std::vector<Time> at;
@@ -29,8 +29,8 @@ struct Clock {
 using Epoch = uint64_t;
 constexpr Epoch kValid = 1ull << 63, kAtomic = 1ull << 62;
 constexpr Epoch kBeforeLaunch = kValid;               // time 0: everyone has seen it
-constexpr Time kNotYet = (1u << 24) - 1;              // a copy that no barrier tracks yet: nobody has seen it
-constexpr unsigned kMaxBlocks = 1u << 26, kCopyAgents = 64;
+constexpr Time kNotYet = (1u << 24) - 1;              // a copy that its thread has not awaited yet: nobody has seen it
+constexpr unsigned kMaxBlocks = 1u << 26, kAgents = 4;
 
 // The history of two neighbouring bytes, the smallest element that a kernel handles.
 struct Cell {
@@ -66,9 +66,9 @@ struct Fibre {
   unsigned parity = 0;
   uint64_t result = 0;          // what a shuffle brought
   Clock clock;
-  struct Piece { unsigned char* to; const unsigned char* from; unsigned bytes; };
-  std::vector<Piece> untracked; // its copy_16s that no copies_arrive tracks and no copies_wait has awaited
-  std::vector<size_t> groups;   // how many of them there were at each copies_commit
+  struct Copy { unsigned char* to; const unsigned char* from; };
+  std::vector<Copy> copies;     // of 16 bytes, that it has not awaited yet
+  std::vector<size_t> groups;   // how many of them there were at each cp_async_commit_group
   unsigned arrivals[kLevels] = {};         // at barriers of its Groups
   bool arrived[kLevels] = {};              // ... and has not waited since
   uint64_t path = 0;            // which code it has executed since its whole warp was last together
@@ -90,8 +90,8 @@ struct Mbarrier {
   int64_t bytes = 0;            // expected minus landed in this phase
   uint64_t phase = 0;
   Clock gathering, completed;   // what those who arrived in this phase, and up to the last one, had seen
-  unsigned copies = 0;          // in flight
-  int agent = -1;               // participant number of its copies, from the first one on
+  unsigned messages = 0;        // in flight
+  int agent = -1;               // participant number of its messages, from the first one on
   const Fibre* initialised_by;
   Epoch initialised;
   bool fenced = false;
@@ -125,13 +125,12 @@ struct Block {
   std::vector<Cell> cells;                              // of its shared memory
 };
 
-struct Copies {                 // land together, as late as the schedule wants
+struct Message {                // lands as late as the schedule wants
   Block* block;                 // in whose shared memory
   uint32_t barrier;             // offset
-  std::vector<Fibre::Piece> pieces;
-  unsigned bytes;               // to count down on the barrier (bulk copies)
-  bool arrives;                 // or an arrival (cp.async)
-  std::vector<unsigned char> value = {};        // what a piece from nowhere brings (a peer's message)
+  unsigned char* to;
+  unsigned bytes;
+  unsigned char value[16];
 };
 
 struct RelaxedStore {           // done, but not yet seen by those whom nothing has told
@@ -165,7 +164,7 @@ struct Machine {
   std::vector<std::unique_ptr<Block>> slots;            // the resident blocks, cluster by cluster
   std::vector<Group> clusters;                          // those that are in the slots
   Group grid;
-  std::vector<Copies> in_flight;
+  std::vector<Message> messages;                        // in flight
   std::vector<RelaxedStore> stores;
   std::vector<std::vector<Epoch>> reads;
   Random random{0};
@@ -187,7 +186,7 @@ void require_clusters(const void* place);
 void preempt();                 // another fibre may run here
 const void* walk(const void* place);  // the running fibre comes by; gives the place
 void poll(const void* place);   // ... and must, if this one has looked at memory in vain for long
-void land(size_t copies);       // copies.cpp: finish machine.in_flight[copies]
+void land(size_t message);      // copies.cpp: finish machine.messages[message]
 void show(size_t store);        // memory.cpp: machine.stores[store] becomes visible to all
 
 // memory.cpp

@@ -45,7 +45,7 @@ Epoch now(const Fibre& fibre, bool atomic) {
 static unsigned block_of(Epoch e) { return e >> 36 & (kMaxBlocks - 1); }
 
 unsigned barriers_known(const Fibre& fibre, Level level) {
-  return fibre.clock.at[machine.launch.threads + kCopyAgents + level];
+  return fibre.clock.at[machine.launch.threads + kAgents + level];
 }
 
 // Threads of one block order each other by clocks; those of different blocks only by barriers of the grid.
@@ -69,8 +69,8 @@ static std::string name_of_epoch(Epoch e, uint32_t place_low) {
   const unsigned participant = e >> 24 & 0xfff;
   // The text of one launch lies within 4 GiB, so the high half of any place of it is right.
   const uintptr_t place = (uintptr_t(machine.launch.kernel) & ~uintptr_t(0xffffffff)) | place_low;
-  std::string who = participant < machine.launch.threads ? "thread " + std::to_string(participant) : "an asynchronous copy";
-  if ((e & kNotYet) == kNotYet) who = "an asynchronous copy that no barrier tracks and no wait has awaited, issued by " + who;
+  std::string who = participant < machine.launch.threads ? "thread " + std::to_string(participant) : "a message";
+  if ((e & kNotYet) == kNotYet) who = "an asynchronous copy that no wait has awaited, issued by " + who;
   return who + " of block " + std::to_string(block_of(e)) + " at " + name_of(reinterpret_cast<const void*>(place));
 }
 

@@ -112,7 +112,7 @@ static uint64_t sequence;
 constexpr uint64_t kStarved = 1ull << 62;
 static struct { int block, warp, lane; } victim;  // kStarve: this lane of this warp of this block; negative: every
 static uint64_t shuffle_window;                // kRandom: how far a fibre may fall behind its turn
-static bool copies_hurry;                      // some launches: copies may also land before they must
+static bool messages_hurry;                    // some launches: messages may also land before they must
 
 static bool is_victim(const Fibre& fibre) {
   return policy == kStarve && (victim.block < 0 || int(fibre.block->index) == victim.block) &&
@@ -144,16 +144,16 @@ static void wake(size_t which) {
 
 [[noreturn]] static void report_deadlock();
 
-// Picks the next fibre. Copies land, and napping threads look again, mostly when nothing else can happen.
+// Picks the next fibre. Messages land, and napping threads look again, mostly when nothing else can happen.
 static Fibre* next_fibre() {
   Machine& m = machine;
   for (;;) {
-    if (copies_hurry && !m.in_flight.empty() && m.random.below(64) == 0) land(m.random.below(m.in_flight.size()));
+    if (messages_hurry && !m.messages.empty() && m.random.below(64) == 0) land(m.random.below(m.messages.size()));
     if (!m.stores.empty() && m.random.below(64) == 0) show(m.random.below(m.stores.size()));
     if (!napping.empty() && m.random.below(64) == 0) wake(m.random.below(napping.size()));
     const bool only_starved = !ready.empty() && ready.front().key >= kStarved && policy == kStarve;
-    if (only_starved && !m.in_flight.empty()) {  // the victim's own copies do not delay it further
-      land(m.random.below(m.in_flight.size()));
+    if (only_starved && !m.messages.empty()) {  // what comes for the victim does not delay it further
+      land(m.random.below(m.messages.size()));
       continue;
     }
     if (!ready.empty()) {
@@ -164,12 +164,12 @@ static Fibre* next_fibre() {
     }
     if (!m.stores.empty() && m.random.below(2)) {
       show(m.random.below(m.stores.size()));
-    } else if (!m.in_flight.empty() && (napping.empty() || m.random.below(2))) {
-      land(m.random.below(m.in_flight.size()));
+    } else if (!m.messages.empty() && (napping.empty() || m.random.below(2))) {
+      land(m.random.below(m.messages.size()));
     } else if (!napping.empty() && m.naps_since_event < 1000 + 64 * napping.size()) {
       while (!napping.empty()) wake(napping.size() - 1);
-    } else if (!m.in_flight.empty()) {
-      land(m.random.below(m.in_flight.size()));
+    } else if (!m.messages.empty()) {
+      land(m.random.below(m.messages.size()));
     } else {
       report_deadlock();
     }
@@ -181,7 +181,7 @@ static void run(Fibre* fibre) {
   if (fibre == from) return;
   current = fibre;
   threadIdx = {fibre->thread, 0, 0};
-  blockIdx = {fibre->block->index % gridDim.x, fibre->block->index / gridDim.x, 0};
+  blockIdx = {fibre->block->index, 0, 0};
   emulator_switch(from ? &from->stack_pointer : &host_stack_pointer, fibre->stack_pointer);
 }
 
@@ -218,7 +218,7 @@ const void* walk(const void* place) {
   return place;
 }
 
-void nap() { sleep(walk(__builtin_return_address(0))); }
+void nanosleep() { sleep(walk(__builtin_return_address(0))); }
 
 void poll(const void* place) {
   if (++machine.naps_since_event % 64) preempt();
@@ -277,7 +277,7 @@ static void report_deadlock() {
     for (const Fibre& fibre : block->fibres) {
       std::string now = "finished";
       if (fibre.state != State::kFinished) now = std::string(fibre.waits_for) + " at " + name_of(fibre.place);
-      if (fibre.state == State::kBlocked && !strcmp(fibre.waits_for, "barrier_wait")) {
+      if (fibre.state == State::kBlocked && !strcmp(fibre.waits_for, "mbarrier_wait")) {
         const unsigned offset = unsigned(uintptr_t(fibre.barrier) - uintptr_t(block->shared));
         const Mbarrier& b = block->barriers.at(offset);
         now += " on shared memory + " + std::to_string(offset) + " for parity " + std::to_string(fibre.parity) +
@@ -348,7 +348,7 @@ static void arrive(Level level, const void* place) {
   if (++group.arrived < group.blocks * machine.launch.threads) return;
   group.arrived = 0;
   ++group.passed;
-  const size_t known = machine.launch.threads + kCopyAgents;  // barriers, which are all blocks' knowledge now
+  const size_t known = machine.launch.threads + kAgents;  // barriers, which are all blocks' knowledge now
   Time passed[kLevels] = {};
   for (const Clock& clock : group.gathering)
     for (int i = 0; i < kLevels; ++i) passed[i] = std::max(passed[i], clock.at[known + i]);
@@ -397,19 +397,19 @@ static void require_whole_warp(const char* operation, std::vector<Aligned>& warp
   current->path = 0;
 }
 
-void cluster_arrive() {
+void barrier_cluster_arrive() {
   const void* place = __builtin_return_address(0);
   require_clusters(place);
-  require_whole_warp("cluster_arrive", current->block->arriving, place);
+  require_whole_warp("barrier_cluster_arrive", current->block->arriving, place);
   preempt();
   arrive(kCluster, place);
 }
 
-void cluster_wait() {
+void barrier_cluster_wait() {
   const void* place = __builtin_return_address(0);
   require_clusters(place);
-  require_whole_warp("cluster_wait", current->block->waiting, place);
-  wait(kCluster, "cluster_wait", place);
+  require_whole_warp("barrier_cluster_wait", current->block->waiting, place);
+  wait(kCluster, "barrier_cluster_wait", place);
 }
 
 // Lanes of a warp meet: each brings a value and an argument; the last one to come serves them all by `finish`.
@@ -497,7 +497,7 @@ static void fibre_main() {
   body(body_arguments);
   Fibre& fibre = *current;
   Block& block = *fibre.block;
-  if (!fibre.untracked.empty()) fail("barrier", name_of(fibre) + " returns with copies that no mbarrier tracks and no wait has awaited", nullptr);
+  if (!fibre.copies.empty()) fail("barrier", name_of(fibre) + " returns with copies that no wait has awaited", nullptr);
   if (block.at_barrier) fail("barrier", name_of(fibre) + " returns while other threads wait at __syncthreads", nullptr);
   for (int level = 0; level < kLevels; ++level) {
     Group& group = *block.groups[level];
@@ -531,7 +531,7 @@ static void start_block(unsigned slot, unsigned index) {
     Fibre& fibre = block.fibres[thread];
     fibre.block = &block;
     fibre.thread = thread;
-    fibre.clock.at.assign(launch.threads + kCopyAgents + kLevels, 0);
+    fibre.clock.at.assign(launch.threads + kAgents + kLevels, 0);
     fibre.clock.at[thread] = 1;
     char* low = mapping(stacks, slot * launch.threads + thread, kStackBytes);
     // Staggered, or the hot ends of all stacks would compete for the same lines of the cache.
@@ -554,8 +554,8 @@ static void start_cluster(unsigned place) {
 }
 
 static void finish_block(Block& block) {
-  for (const Copies& copies : machine.in_flight)
-    if (copies.block == &block) fail("barrier", "block " + std::to_string(block.index) + " ends with copies in flight", nullptr);
+  for (const Message& message : machine.messages)
+    if (message.block == &block) fail("barrier", "block " + std::to_string(block.index) + " ends with messages in flight", nullptr);
   --blocks_left;
   const unsigned blocks = machine.launch.cluster, place = block.slot / blocks;
   machine.slots[block.slot].reset();
@@ -582,20 +582,20 @@ static unsigned resident_blocks(const Launch& launch) {
 int launch(const Launch& launch, void (*launch_body)(const void*), const void* arguments, size_t argument_bytes) {
   const Device& device = machine.device;
   const auto limit = shared_limits.find(launch.kernel);
-  if (launch.blocks() == 0 || launch.threads == 0 || launch.threads > 1024) return 9;
+  if (launch.blocks == 0 || launch.threads == 0 || launch.threads > 1024) return 9;
   if (launch.shared_bytes > size_t(limit == shared_limits.end() ? std::min(device.shared_bytes, 48 * 1024) : limit->second))
     return 1;
   if (launch.cluster == 0) return 1;
   if (launch.cluster > 1 && device.capability < 90) return 801;
-  if (launch.grid_x % launch.cluster) return 9;
+  if (launch.blocks % launch.cluster) return 9;
   unsigned resident = resident_blocks(launch) / launch.cluster * launch.cluster;
   if (launch.cluster > 8 || resident == 0) return 912;
-  if (launch.cooperative && launch.blocks() > resident) return 720;
+  if (launch.cooperative && launch.blocks > resident) return 720;
   if (!error.empty()) return 719;
   ++launches;
-  if (launch.blocks() >= kMaxBlocks) record("limit", "more blocks than the emulator can number", nullptr);
-  resident = std::min({resident, launch.blocks(), std::max(1u, kMaxThreads / launch.threads / launch.cluster) * launch.cluster});
-  if (launch.cooperative && launch.blocks() > resident) record("limit", "more resident threads than the emulator has stacks for", nullptr);
+  if (launch.blocks >= kMaxBlocks) record("limit", "more blocks than the emulator can number", nullptr);
+  resident = std::min({resident, launch.blocks, std::max(1u, kMaxThreads / launch.threads / launch.cluster) * launch.cluster});
+  if (launch.cooperative && launch.blocks > resident) record("limit", "more resident threads than the emulator has stacks for", nullptr);
 
   machine.launch = launch;
   machine.arguments_begin = uintptr_t(arguments);
@@ -604,8 +604,8 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
   machine.slots.clear();
   machine.slots.resize(resident);
   machine.clusters.assign(resident / launch.cluster, Group{});
-  machine.grid = Group{0, launch.blocks()};
-  machine.in_flight.clear();
+  machine.grid = Group{0, launch.blocks};
+  machine.messages.clear();
   machine.stores.clear();
   machine.reads.clear();
   machine.naps_since_event = 0;
@@ -614,25 +614,25 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
   napping.clear();
   sequence = 0;
   Random& random = machine.random;
-  copies_hurry = random.below(2);
+  messages_hurry = random.below(2);
   shuffle_window = random.below(2) ? 64 : 1 << 20;
-  victim = {int(random.below(launch.blocks())), int(random.below((launch.threads + 31) / 32)), -1};
+  victim = {int(random.below(launch.blocks)), int(random.below((launch.threads + 31) / 32)), -1};
   switch (random.below(5)) {
     case 0: victim.block = -1; break;
     case 1: victim.warp = -1; break;
     case 2: victim.lane = int(random.below(32)); break;
     case 3: victim.lane = int(random.below(32)), victim.warp = 0;  // the warp with most to do alone
   }
-  cluster_order.resize(launch.blocks() / launch.cluster);
+  cluster_order.resize(launch.blocks / launch.cluster);
   for (unsigned i = 0; i < cluster_order.size(); ++i) cluster_order[i] = i;
   if (policy != kRoundRobin)
     for (size_t i = cluster_order.size(); i > 1; --i) std::swap(cluster_order[i - 1], cluster_order[random.below(i)]);
   next_cluster = 0;
-  blocks_left = launch.blocks();
+  blocks_left = launch.blocks;
   body = launch_body;
   body_arguments = arguments;
   blockDim = dim3(launch.threads);
-  gridDim = dim3(launch.grid_x, launch.grid_y);
+  gridDim = dim3(launch.blocks);
   for (unsigned place = 0; place < machine.clusters.size(); ++place) start_cluster(place);
   while (blocks_left > 0 && error.empty()) {
     try {
@@ -649,11 +649,9 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
 
 int attribute(int which, int* value) {
   const Device& device = machine.device;
-  const int threads = device.capability < 80 ? 1024 : device.capability < 120 && device.capability % 10 == 0 ? 2048 : 1536;
   const std::map<int, int> values = {
-      {1, 1024}, {8, std::min(device.shared_bytes, 48 * 1024)}, {10, 32}, {16, device.multiprocessors}, {38, 1 << 20},
-      {39, threads}, {75, device.capability / 10}, {76, device.capability % 10}, {81, device.shared_bytes + reserved_bytes()},
-      {95, 1}, {97, device.shared_bytes}, {111, reserved_bytes()}};
+      {16, device.multiprocessors}, {75, device.capability / 10}, {76, device.capability % 10}, {97, device.shared_bytes},
+      {111, reserved_bytes()}};
   const auto found = values.find(which);
   if (found == values.end()) return 801;
   *value = found->second;
