@@ -926,9 +926,8 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
   const auto each_smem_row = [&](int i, Walk& at, auto before_half, auto use, auto after_half) {
     const unsigned stage = i - divide(i, p.stages) * p.stages.divisor;
     Vector<T>* place = b.places() + stage * p.smem_rows * threads + thread;
-    const Vector<T>*const end = place + smem_rows * threads, *const middle =
-                                                                 place +
-                                                                 (smem_rows + 1) / 2 * threads;
+    const Vector<T>* const middle = place + (smem_rows + 1) / 2 * threads;
+    const Vector<T>* const end = place + smem_rows * threads;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       before_half(half);
