@@ -313,6 +313,7 @@ MORE_CASES = [
         small=(3, 4, 8, 8),
     ),
     Case("eval, one value per channel", (1, 6, 1, 1), training=False),
+    Case("eval, packed planes longer than a block", (14, 12, 1, 417), training=False),
     Case("eval, N = 0", (0, 6, 4, 4), training=False),
     Case(
         "eval, no running buffers",
