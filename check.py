@@ -197,11 +197,10 @@ def make_oracle(x: torch.Tensor, model: nn.BatchNorm2d) -> Oracle:
     oracle = Oracle(*[zeros] * 4, gamma, beta, own_error=4.0 * (x.dtype == F64))
 
     def average(f: Callable) -> torch.Tensor:
-        """Over N, H and W, of f(a piece of x, its channels)."""
+        """Over N, H and W, of f(a piece of x, its channels); torch adds a row by halves."""
         total = zeros.clone()
         for at in pieces(x.shape):
-            rows = f(x[at], at[1]).double().transpose(0, 1).flatten(1)  # which sum adds by halves
-            total[at[1]] += rows.sum(1)
+            total[at[1]] += f(x[at], at[1]).double().transpose(0, 1).flatten(1).sum(1)
         return total / max(1, x.numel() // x.shape[1])
 
     if model.training or model.running_mean is None:

@@ -99,12 +99,6 @@ using Mbarrier = uint64_t;  // in shared memory
 // What L2 evicts first or last: what createpolicy.fractional would put into registers.
 enum CachePolicy : uint64_t { kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000 };
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 != 9
-constexpr bool kLean = true;  // as is_lean() says of the architecture
-#else
-constexpr bool kLean = false;
-#endif
-
 // A block's sums on their way to the team. They travel in one piece, so −s2 vouches for s1: its
 // sign bit is set even if s2 is 0, so that it differs from the zeros of an empty slot.
 template <typename A>
@@ -457,6 +451,11 @@ __host__ __device__ constexpr bool has_columns(Layout layout) { return layout >=
 // in registers; else several blocks share one. `lean`: on architectures for which the same code
 // takes more registers. All numbers are such that nothing spills.
 constexpr bool is_lean(int architecture) { return architecture / 10 != 9; }
+#ifdef __CUDA_ARCH__
+constexpr bool kLean = is_lean(__CUDA_ARCH__ / 10);
+#else
+constexpr bool kLean = false;
+#endif
 
 // Registers of a thread: with 56, a multiprocessor has room for five blocks of 224 threads.
 __host__ __device__ constexpr int max_registers(Layout layout, int size, bool many, bool lean) {
@@ -1536,10 +1535,8 @@ struct Planner {
     p.step_in_row = p.step.divisor % p.width.divisor;
   }
 
-  // The plan with a block's threads and rows, for a team of so many blocks, of which so many fit on
-  // a multiprocessor; rows: of a thread, at first. None if that does not fit.
-  std::optional<Plan> with_block(Plan p, TeamKind kind, int64_t team, int stages, int lag,
-                                 int blocks, int rows) const {
+  // The plan with a team of so many blocks, of which so many fit on a multiprocessor.
+  Plan with_team(Plan p, TeamKind kind, int64_t team, int stages, int lag, int blocks) const {
     p.team_kind = kind;
     p.team = fast_divmod(team);
     p.teams = int(std::max<int64_t>(
@@ -1551,6 +1548,13 @@ struct Planner {
     p.lag = lag;
     p.sets = fast_divmod(lag + 1);
     p.exchange_warps = layout(p).units * (lag + 1);
+    return p;
+  }
+
+  // The same with a block's threads and rows; rows: of a thread, at first. None if it does not fit.
+  std::optional<Plan> with_block(const Plan& group, TeamKind kind, int64_t team, int stages,
+                                 int lag, int blocks, int rows) const {
+    Plan p = with_team(group, kind, team, stages, lag, blocks);
     const int thread_grain = grain(p),
               most = worker_threads(p, blocks) / thread_grain * thread_grain;
     const int64_t share = std::max(ceil_div(p.vectors, team), 1);
@@ -1674,16 +1678,10 @@ struct Planner {
   // One group after the other, each by all blocks; what does not fit on the chip is read again.
   // None if a row is longer than a block has threads, or their sums do not fit.
   std::optional<Plan> large(const Plan& group, bool many_rows) const {
-    Plan p = group;
-    const int blocks = p.layout == kPixels ? 2 : 1;
+    const int blocks = group.layout == kPixels ? 2 : 1;
     const int team =
         std::min<int>(blocks * device.multiprocessors, std::max(int(group.vectors / 64), 1));
-    p.team_kind = kGridTeam;
-    p.team = fast_divmod(team);
-    p.teams = std::max(std::min(blocks * device.multiprocessors / team, p.groups), 1);
-    p.rounds = ceil_div(p.groups, p.teams);
-    p.stages = p.sets = fast_divmod(1);
-    p.exchange_warps = layout(p).units;
+    Plan p = with_team(group, kGridTeam, team, 1, 0, blocks);
     const bool many = many_rows && p.layout != kPixels;
     const int share = std::max(ceil_div(p.vectors, team), 1), thread_grain = grain(p);
     const int64_t bytes = multiprocessor_bytes / blocks - device.reserved_bytes;

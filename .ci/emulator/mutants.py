@@ -512,7 +512,7 @@ MUTANTS = [
     ("all lanes of a channel write its result", ("Unit::leads", "&& part == 0", "")),
     (
         "warps for one group's exchange only",
-        ("Planner::with_block", "layout(p).units * (lag + 1)", "layout(p).units"),
+        ("Planner::with_team", "layout(p).units * (lag + 1)", "layout(p).units"),
     ),
     (
         "every unit takes the first channels",
@@ -767,7 +767,7 @@ MUTANTS = [
     (
         "more teams than fit at once",
         (
-            "Planner::with_block",
+            "Planner::with_team",
             "blocks * device.multiprocessors / team",
             "(blocks + 1) * device.multiprocessors / team",
         ),
