@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT / ".ci"), str(ROOT / ".ci" / "emulator")]
 
 import readme
 import timing
-from texts import execute, renamed, sm_80_text, text_of
+from texts import execute, fields_of_plan, renamed, sm_80_text, text_of
 
 TEXT_PATH = ROOT / "model_new.py"
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -284,8 +284,9 @@ class Target:
     def plan(self, shape, dtype, training=True, momentum=0.1, channels_last=False) -> dict:
         N, C, H, W = shape
         plan = self.names["_fused_batch_norm"].fused_batch_norm_plan
-        text = plan(N, C, H * W, dtype, training, momentum, channels_last)
-        return {key: int(value) for key, value in (word.split("=") for word in text.split())}
+        words = plan(N, C, H * W, dtype, training, momentum, channels_last)
+        fields = fields_of_plan(self.names["FUSED_BATCH_NORM_CUDA"])
+        return {name: words[place] for name, place, _ in fields}
 
 
 def make_pair(target: Target, C: int, dtype: torch.dtype, training=True, seed=0, **settings):
@@ -397,13 +398,11 @@ def run_cases(cases: list[Case], target: Target, whose: str = "") -> dict[str, t
 
 def show_plan(target: Target, xs: list[timing.Row]) -> int:
     """How each x would be launched, with what the text says of the fields of its struct Plan."""
-    struct = re.search(r"struct Plan \{(.*?)\n\};", target.names["FUSED_BATCH_NORM_CUDA"], re.S)
-    fields = re.findall(r"^\s*\w+ ([^;/]+);\s*//\s*(.*)$", struct[1] if struct else "", re.M)
-    reasons = {name.strip(): reason for names, reason in fields for name in names.split(",")}
+    reasons = {name: why for name, _, why in fields_of_plan(target.names["FUSED_BATCH_NORM_CUDA"])}
     for x in xs:
         print(f"plan of {x}; bytes needed, x read and y written once each: {2 * x.nbytes:,}")
         for key, value in target.plan(x.shape, x.dtype, channels_last=x.channels_last).items():
-            print(f"  {key:20} {value:<16,} {reasons.get(key, '')}".rstrip())
+            print(f"  {key:20} {value:<16,} {reasons[key]}".rstrip())
     return 0
 
 

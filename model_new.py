@@ -16,7 +16,8 @@ team of blocks keeps a group of channels on the chip from the sums to the store.
         places with group i + stages                        pivots of a group to come
 
 Each thread owns vectors of its block's share, in places of its own: the first rows in registers,
-the next in shared memory, the rest is read again. Places are private, so no barrier guards them.
+the next in shared memory. Where there are more, the last ones go through a ring of places, and are
+read again for the store. Places are private, so no barrier guards them.
 A group is one channel; or the few whose odd planes are whole vectors together; or, channels-last,
 neighbouring channels, each element of a vector another one. make_plan() in the CUDA text chooses
 the group, the team, and how many rows and groups under way a block has, from shape and device.
@@ -60,8 +61,9 @@ struct FusedBatchNormCall {
 extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call,
                                                void* (*allocate)(size_t bytes, void* context),
                                                void* context, void* stream);
-extern "C" const char* fused_batch_norm_describe(const FusedBatchNormCall* call, char* text,
-                                                 size_t text_bytes);
+// words: of struct Plan, in its order; as many as there is room for.
+extern "C" const char* fused_batch_norm_plan(const FusedBatchNormCall* call, int* words,
+                                             size_t bytes);
 """
 
 FUSED_BATCH_NORM_CUDA = r"""
@@ -85,19 +87,19 @@ namespace {
 // -------------------------------------------------------------------------------------------------
 // Constants
 // -------------------------------------------------------------------------------------------------
-constexpr int kVectorBytes = 16;  // one access of one thread
-constexpr int kLineBytes = 128;   // of L2
-constexpr int kUnitChannels = 8;  // channels of an exchange warp; more where a group would take
-constexpr int kUnits = 4;         // more warps than these
-constexpr int kMaxCluster = 8;    // blocks, that any GPU with clusters takes
-constexpr int kMaxThreads = 512;  // of a block
+constexpr int kVectorBytes = 16;   // one access of one thread
+constexpr int kLineBytes = 128;    // of L2
+constexpr int kUnitChannels = 8;   // channels of an exchange warp; more where a group would take
+constexpr int kUnits = 4;          // more such warps than these in a block
+constexpr int kMaxCluster = 8;     // blocks, that any GPU with clusters takes
+constexpr int kMaxThreads = 1024;  // of a block
 
 // -------------------------------------------------------------------------------------------------
 // PTX, one instruction a function, named after it
 // -------------------------------------------------------------------------------------------------
 using Mbarrier = uint64_t;  // in shared memory
-// What L2 evicts first or last: what createpolicy.fractional would put into registers.
-enum CachePolicy : uint64_t { kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000 };
+// x is what L2 evicts last. (createpolicy.fractional would put this into a register.)
+constexpr uint64_t kEvictLast = 0x14f0000000000000;
 
 // A block's sums on their way to the team. They travel in one piece, so −s2 vouches for s1: its
 // sign bit is set even if s2 is 0, so that it differs from the zeros of an empty slot.
@@ -161,14 +163,17 @@ __device__ void mbarrier_wait(Mbarrier* b, unsigned parity) {
   }
 }
 
-// 16 bytes by this thread, some time later. L2 fetches the whole line of 128.
-__device__ void cp_async_16(void* shared, const void* global, CachePolicy policy) {
+// `bytes` by this thread, some time later, and zeros up to 16. L2 fetches the whole line of 128.
+__device__ void cp_async_16(void* shared, const void* global, unsigned bytes) {
 #if __CUDA_ARCH__ >= 800
-  const unsigned to = shared_address(shared);
-  ASM("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
-      "l"(global), "l"(policy) : "memory");
+  ASM("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
+          shared_address(shared)),
+      "l"(global), "r"(bytes), "l"(kEvictLast) : "memory");
 #else
-  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+  if (bytes == 16)
+    *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+  else
+    memcpy(shared, global, bytes);
 #endif
 }
 
@@ -187,12 +192,12 @@ __device__ void cp_async_wait_group() {
 #endif
 }
 
-__device__ uint4 ld_global_128(const void* from, CachePolicy policy) {
+__device__ uint4 ld_global_128(const void* from) {
 #if __CUDA_ARCH__ >= 800
   uint4 v;
   ASM("ld.global.L1::no_allocate.L2::cache_hint.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4], %5;" : "=r"(
           v.x),
-      "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from), "l"(policy));
+      "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from), "l"(kEvictLast));
   return v;
 #else
   return *static_cast<const uint4*>(from);
@@ -200,13 +205,9 @@ __device__ uint4 ld_global_128(const void* from, CachePolicy policy) {
 }
 
 // In one instruction: the compiler would split a plain assignment.
-__device__ void st_global_128(void* to, uint4 v, bool streaming) {
-  if (streaming)
-    ASM("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
-        "r"(v.w) : "memory");
-  else
-    ASM("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
-        "r"(v.w) : "memory");
+__device__ void st_global_128(void* to, uint4 v) {
+  ASM("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+      "r"(v.w) : "memory");
 }
 
 // Relaxed accesses, each in one piece.
@@ -371,6 +372,12 @@ __device__ Vector<T> make_vector(const A (&v)[Vector<T>::kSize]) {
   return vector;
 }
 
+template <typename T, typename A>
+__device__ T round_to(A v) {
+  const A first[Vector<T>::kSize] = {v};
+  return make_vector<T>(first).get(0);
+}
+
 template <typename T>
 struct Accumulator {
   using type = float;
@@ -423,11 +430,10 @@ struct Parameter {
 
 template <typename T>
 __device__ void store_parameter(void* p, int64_t i, bool is_float, double v) {
-  const typename Accumulator<T>::type own[Vector<T>::kSize] = {typename Accumulator<T>::type(v)};
   if (is_float)
     static_cast<float*>(p)[i] = float(v);
   else
-    static_cast<T*>(p)[i] = make_vector<T>(own).get(0);
+    static_cast<T*>(p)[i] = round_to<T>(typename Accumulator<T>::type(v));
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -460,8 +466,11 @@ constexpr bool kLean = false;
 // Registers of a thread: with 56, a multiprocessor has room for five blocks of 224 threads.
 __host__ __device__ constexpr int max_registers(Layout layout, int size, bool many, bool lean) {
   if (many) return 128;
-  if (layout == kPixels) return lean ? 128 : 96;
-  return (size == 2 ? 80 : layout == kPackedPlanes ? 72 : 56) + (lean ? 24 : 0);
+  const int few = size == 2                 ? 96
+                  : layout == kPixels       ? (size == 4 ? 72 : 80)
+                  : layout == kPackedPlanes ? 72
+                                            : 56;
+  return few + (lean ? 24 : 0);
 }
 
 // Threads for which a multiprocessor has registers; those of a warp are in one of its four parts.
@@ -472,9 +481,11 @@ __host__ __device__ constexpr int resident_threads(Layout layout, int size, bool
 // Rows of a thread in registers, where a vector has `size` elements.
 __host__ __device__ constexpr int register_rows(Layout layout, int size, bool many, bool lean) {
   if (many) return lean ? 12 : 16;
-  if (layout == kPixels || size == 2) return 0;
-  return size != 4 ? 0 : layout == kPlanes ? 3 : layout == kMaskedPlanes ? 1 : 2;
+  return layout == kPlanes && size == 4 ? 3 : 0;
 }
+
+// Places of a thread in which rows take turns that have no places of their own.
+constexpr int kRing = 4;
 
 enum TeamKind { kBlockTeam, kClusterTeam, kGridTeam };
 
@@ -504,7 +515,7 @@ struct Plan {
   FastDivmod step;                 // the same from a thread's vector to its next
   unsigned step_row, step_in_row;  // that in rows, and vectors beyond
   int rows;                        // vectors of a thread, at most; of them
-  int reg_rows, smem_rows;         // in registers and in shared memory; others are read again
+  int reg_rows, smem_rows;         // in registers and in shared memory; others share kRing of those
   int shared_bytes;                // of a block
   // Blocks that start one after the other.
   FastDivmod stagger;  // teams that start at once
@@ -529,16 +540,17 @@ struct SharedLayout {
     const int slot_bytes = 2 * accumulator_bytes;
     const bool by_warp = !has_columns(p.layout) || 32 % p.width.divisor == 0;
     const int team = p.team.divisor;
+    const int sets = p.lag + 1;
     unit_channels = 1;
     while (unit_channels < p.channels &&
-           (unit_channels < kUnitChannels || unit_channels * kUnits < p.channels))
+           (unit_channels < kUnitChannels || unit_channels * kUnits < p.channels * sets))
       unit_channels *= 2;
     units = ceil_div(p.channels, unit_channels);
     group_bytes =
         p.team_kind == kGridTeam && team > 1
-            ? kLineBytes * (units + ceil_div(int64_t(team) * p.channels * slot_bytes, kLineBytes))
+            ? kLineBytes *
+                  (units + ceil_div((team + 1) * int64_t(p.channels) * slot_bytes, kLineBytes))
             : 0;
-    const int sets = p.lag + 1;
     partial_row = p.layout == kPixels         ? p.width.divisor * size
                   : p.layout == kPackedPlanes ? p.width.divisor * 2
                                               : 1;
@@ -677,6 +689,7 @@ struct Group {
   const unsigned row_stride = in_register(kLayout == kMaskedPlanes ? 1 : p.row_stride);
   const unsigned step_row = in_register(row_stride * p.step_row);
   const unsigned step_in_row = in_register(p.step_in_row);
+  const unsigned inner = max(a.whole, 1u) - 1;  // vectors of x between its first and last
   const Vector<T>* const x =
       static_cast<const Vector<T>*>(has_columns(kLayout) ? a.x : in_register(a.x));
   Vector<T>* const y = static_cast<Vector<T>*>(a.y);
@@ -694,6 +707,18 @@ struct Group {
         w.in_row -= width;
         w.row += row_stride;
       }
+    }
+  }
+
+  // Goes back to the one before.
+  __device__ void retreat(Walk& w) const {
+    w.row -= step_row;
+    if constexpr (!has_columns(kLayout)) {
+      if (w.in_row < step_in_row) {
+        w.in_row += width;
+        w.row -= row_stride;
+      }
+      w.in_row -= step_in_row;
     }
   }
 
@@ -749,7 +774,7 @@ struct Group {
       return {unsigned(first / kSize) + w.in_row, w.in_row == 0 ? behind : 0, end};
     }
     Place at = {unsigned(o.at) + w.row + (kLayout == kPixels ? 0 : w.in_row), o.begin, o.end};
-    if (kLayout == kPixels && (at.vector == 0 || at.vector >= a.whole)) {
+    if (kLayout == kPixels && at.vector - 1 >= inner) {  // the first of x, or one past the last
       if (at.vector == 0) at.begin = max(at.begin, a.shift);
       const int64_t left = call.N * call.C * call.HW + a.shift - int64_t(at.vector) * kSize;
       at.end = int(min(int64_t(at.end), left));
@@ -757,8 +782,8 @@ struct Group {
     return at;
   }
 
-  // Calls use(part, channel) for each of the vector's channels, which may lie outside the group
-  // where no element of it counts.
+  // Calls use(part, channel) for each of the vector's channels; for any of the group's where no
+  // element of it counts.
   template <typename Use>
   __device__ void each_part(Use use) const {
     const int C = int(call.C);
@@ -767,44 +792,40 @@ struct Group {
                                            : 0;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
-      use(i, channel);
+      use(i, min(unsigned(channel), unsigned(p.channels) - 1));
       if (++channel == C && kLayout == kPixels && periodic()) channel = 0;
     }
   }
 
-  // The elements of a vector that reaches past the end of x. Rolled: few do.
-  __device__ Vector<T> load_tail(const Place& at) const {
-    Vector<T> v;
-#pragma unroll 1
-    for (int i = at.begin; i < at.end; ++i) {
-      unsigned bits[2] = {};
-      memcpy(bits, static_cast<const T*>(a.x) + uint64_t(at.vector) * kSize + i, sizeof(T));
+  // Loads the vector where `w` is, if any of its elements counts; one that reaches past the end of
+  // x element by element.
+  __device__ void load(Vector<T>& v, const Origin& o, const Walk& w) const {
+    const Place at = place(o, w);
+    if (kMasked && at.begin >= at.end) return;
+    if (kMasked && at.vector >= a.whole) {
+      const T* const elements = reinterpret_cast<const T*>(x + at.vector);
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        if (w == i * int(sizeof(T)) / 4) v.word[w] |= bits[0] << (i * int(sizeof(T)) % 4 * 8);
-        if (sizeof(T) == 8 && w == 2 * i + 1) v.word[w] = bits[1];
-      }
+      for (int i = 0; i < kSize; ++i)
+        if (i >= at.begin && i < at.end)
+          memcpy(reinterpret_cast<char*>(v.word) + i * sizeof(T), elements + i, sizeof(T));
+    } else {
+      const uint4 raw = ld_global_128(x + at.vector);
+      memcpy(v.word, &raw, sizeof raw);
     }
-    return v;
-  }
-
-  __device__ Vector<T> load(const Place& at, CachePolicy policy) const {
-    if (kMasked && at.vector >= a.whole) return load_tail(at);
-    const uint4 raw = ld_global_128(x + at.vector, policy);
-    return *reinterpret_cast<const Vector<T>*>(&raw);
   }
 
   // The same some time later, into shared memory.
-  __device__ void load_async(Vector<T>* to, const Place& at, CachePolicy policy) const {
-    if (kMasked && at.vector >= a.whole)
-      *to = load_tail(at);
-    else
-      cp_async_16(to, x + at.vector, policy);
+  __device__ void load_async(Vector<T>& v, const Origin& o, const Walk& w) const {
+    const Place at = place(o, w);
+    if (kMasked && at.begin >= at.end) return;
+    const bool is_tail = kMasked && at.vector >= a.whole;
+    cp_async_16(&v, x + at.vector, is_tail ? at.end * sizeof(T) : kVectorBytes);
   }
 
-  // s1 += x − pivot, s2 += (x − pivot)², element by element.
-  __device__ void sum(Sums<A> (&sums)[kSums], const Vector<T>& v, const Place& at,
+  // Adds the vector where `w` is: s1 += x − pivot, s2 += (x − pivot)², element by element.
+  __device__ void sum(Sums<A> (&sums)[kSums], const Vector<T>& v, const Origin& o, const Walk& w,
                       const A (&pivot)[kParts]) const {
+    const Place at = place(o, w);
     const auto add = [&](int i) {
       const A d = widen(v, i) - pick(pivot, i);
       sums[i % kSums].s1 += d;
@@ -822,8 +843,9 @@ struct Group {
 
   // y = (x − mean)·scale + shift, where shift holds beta and what the rounded mean left over. The
   // mean goes first: folded into the shift, it would take digits along where |mean| ≫ std.
-  __device__ void store(const Vector<T>& v, const Place& at, const Result<A> (&r)[kParts],
-                        bool streaming) const {
+  __device__ void store(const Vector<T>& v, const Origin& o, const Walk& w,
+                        const Result<A> (&r)[kParts]) const {
+    const Place at = place(o, w);
     if (kMasked && at.begin >= at.end) return;
     A normal[kSize];
 #pragma unroll
@@ -834,7 +856,7 @@ struct Group {
     const Vector<T> v_y = make_vector<T>(normal);
     Vector<T>* const to = y + at.vector;
     if (!kMasked || at.end - at.begin == kSize) {
-      st_global_128(to, *reinterpret_cast<const uint4*>(&v_y), streaming);
+      st_global_128(to, *reinterpret_cast<const uint4*>(&v_y));
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i)
@@ -875,9 +897,12 @@ __device__ void publish(const Block<T>& b, const Group<T, kLayout>& group, unsig
     }
   } else {
     const bool by_warp = 32 % width == 0;  // then lanes that are `width` apart have the same column
-    if (by_warp)
+#pragma unroll 1
+    for (unsigned bit = 16; by_warp && bit >= width; bit /= 2)
 #pragma unroll
-      for (int e = 0; e < kSize; ++e) sums[e] = warp_sum(sums[e], width);
+      for (int e = 0; e < kSize; ++e)
+        sums[e].add({__shfl_xor_sync(0xffffffffu, sums[e].s1, bit),
+                     __shfl_xor_sync(0xffffffffu, sums[e].s2, bit)});
     const unsigned at = by_warp ? thread / 32 * width + b.lane : thread;
     if (by_warp ? unsigned(b.lane) < width : thread < unsigned(b.p.threads))
 #pragma unroll
@@ -886,8 +911,9 @@ __device__ void publish(const Block<T>& b, const Group<T, kLayout>& group, unsig
   mbarrier_arrive(b.summed(i));  // all lanes: each has read what may be overwritten behind this
 }
 
-// A thread's vectors are rows of its block's share: the first few in registers, the next in shared
-// memory, both until they are stored; others are read again. Its places are private, so no barrier
+// A thread's vectors are rows of its block's share: the first few in registers, the next in places
+// in shared memory. If there are more rows than places, the last ones take turns in kRing of the
+// places: forth for the sums, and back for the store, read again. Places are private: no barrier
 // guards them.
 template <typename T, Layout kLayout, bool kMany, typename Prepare, typename Meet,
           typename Exchange>
@@ -895,19 +921,19 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
   using G = Group<T, kLayout>;
   using A = typename G::A;
   constexpr int kRegRows = register_rows(kLayout, G::kSize, kMany, kLean);
-  constexpr bool kRereads =
+  constexpr bool kHasRing =
       kMany || kLayout == kPixels || (kLayout == kMaskedPlanes && sizeof(T) != 4);
-  // On their way to a thread: as many as spill nothing.
-  constexpr int kRereadRows = kLayout != kMaskedPlanes ? 4 : kMany ? 2 : 1;
   const Plan& p = b.p;
   const unsigned thread = threadIdx.x - 32 * p.exchange_warps;
   const G group(b, thread);
   const unsigned first = b.rank * p.share + thread, step = p.step.divisor;
   const bool has_rows = thread < unsigned(p.threads) && first < p.vectors;
   const int rows = has_rows ? min(p.rows, int(divide(p.vectors - 1 - first, p.step)) + 1) : 0;
-  const int reg_rows = min(rows, p.reg_rows), smem_rows = min(rows - reg_rows, p.smem_rows);
+  const bool overflows = kHasRing && p.rows > p.reg_rows + p.smem_rows;
+  const int reg_rows = kRegRows > 0 ? min(rows, p.reg_rows) : 0,
+            smem_rows = min(rows - reg_rows, p.smem_rows - (overflows ? kRing : 0)),
+            ring_rows = rows - reg_rows - smem_rows;
   const unsigned threads = in_register(unsigned(p.threads));
-  const bool streaming = kRereads && p.rows > p.reg_rows + p.smem_rows;  // x needs all of L2
   const Walk start_of_share = group.walk(first);
   Vector<T> reg[kRegRows > 0 ? kRegRows : 1];
 
@@ -939,20 +965,27 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
     }
   };
 
+  // Rows beyond the places take turns in the last kRing of them.
+  const auto ring = [&](int row) -> Vector<T>& {
+    return b.places()[(p.smem_rows - kRing + row % kRing) * threads + thread];
+  };
+  const auto ring_walk = [&](int row) {
+    return group.walk(first + (reg_rows + smem_rows + row) * step);
+  };
+
   // Sends for group i.
   const auto load = [&](int i) {
     const auto origin = group.origin(b.group(i));
     Walk from = start_of_share;
+#pragma unroll 1
+    for (int row = 0; kHasRing && i < b.groups && row < min(ring_rows, kRing); ++row)
+      group.load_async(ring(row), origin, ring_walk(row));
     if (i < b.groups)
-      each_reg_row(from, [&](Vector<T>& v, const Walk& w) {
-        if (const Place at = group.place(origin, w); at.begin < at.end)
-          v = group.load(at, kEvictLast);
-      });
+      each_reg_row(from, [&](Vector<T>& v, const Walk& w) { group.load(v, origin, w); });
     each_smem_row(
         i, from, [](int) {},
         [&](Vector<T>& v, const Walk& w) {
-          if (const Place at = group.place(origin, w); i < b.groups && at.begin < at.end)
-            group.load_async(&v, at, kEvictLast);
+          if (i < b.groups) group.load_async(v, origin, w);
         },
         cp_async_commit_group);
   };
@@ -960,14 +993,13 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
   // Σ d and Σ d² of group i, with d = x − pivot.
   const auto sum = [&](int i) {
     const auto origin = group.origin(b.group(i));
+    const A* const pivots = b.pivot(i);
     A pivot[G::kParts];
-    group.each_part([&](int e, int c) {
-      pivot[e] = unsigned(c) < unsigned(p.channels) ? b.pivot(i)[c] : A(0);
-    });
+    group.each_part([&](int e, unsigned c) { pivot[e] = pivots[c]; });
     Sums<A> sums[G::kSums];
     Walk at = start_of_share;
     const auto add = [&](const Vector<T>& v, const Walk& w) {
-      group.sum(sums, v, group.place(origin, w), pivot);
+      group.sum(sums, v, origin, w, pivot);
     };
     each_reg_row(at, add);
     each_smem_row(
@@ -979,22 +1011,15 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
             half == 0 ? cp_async_wait_group<1>() : cp_async_wait_group<0>();
         },
         add, [] {});
+    Walk ahead = ring_walk(kRing);
 #pragma unroll 1
-    for (int row = reg_rows + smem_rows; kRereads && row < rows; row += kRereadRows) {
-      Vector<T> again[kRereadRows];
-      Walk from = at;
-#pragma unroll
-      for (int k = 0; k < kRereadRows; ++k) {
-        if (const Place place = group.place(origin, from);
-            row + k < rows && place.begin < place.end)
-          again[k] = group.load(place, kEvictLast);
-        group.advance(from);
-      }
-#pragma unroll
-      for (int k = 0; k < kRereadRows; ++k) {
-        if (row + k < rows) add(again[k], at);
-        group.advance(at);
-      }
+    for (int row = 0; kHasRing && row < ring_rows; ++row) {
+      cp_async_wait_group<kRing - 1>();
+      add(ring(row), at);
+      group.advance(at);
+      if (row + kRing < ring_rows) group.load_async(ring(row), origin, ahead);
+      group.advance(ahead);
+      cp_async_commit_group();
     }
     publish(b, group, thread, i, sums);
   };
@@ -1005,37 +1030,32 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
     const bool refills = next < b.groups;
     Result<A> result[G::kParts];
     mbarrier_wait(b.ready(i), b.parity(i));
-    group.each_part([&](int e, int c) {
-      result[e] = unsigned(c) < unsigned(p.channels) ? b.result(i)[c] : Result<A>{};
-    });
+    const Result<A>* const results = b.result(i);
+    group.each_part([&](int e, unsigned c) { result[e] = results[c]; });
     // Newest first: L2 still has those.
-    const int on_chip = reg_rows + smem_rows;
+    Walk last = ring_walk(ring_rows - 1), behind = ring_walk(ring_rows - 1 - kRing);
 #pragma unroll 1
-    for (int row = rows - 1; kRereads && row >= on_chip; row -= kRereadRows) {
-      Vector<T> again[kRereadRows];
-      const auto place_of = [&](int k) {
-        return group.place(origin, group.walk(first + (row - k) * step));
-      };
-#pragma unroll
-      for (int k = 0; k < kRereadRows; ++k)
-        if (const Place at = place_of(k); row - k >= on_chip && at.begin < at.end)
-          again[k] = group.load(at, kEvictFirst);
-#pragma unroll
-      for (int k = 0; k < kRereadRows; ++k)
-        if (row - k >= on_chip) group.store(again[k], place_of(k), result, streaming);
+    for (int row = ring_rows - 1; kHasRing && row >= 0; --row) {
+      cp_async_wait_group<kRing - 1>();
+      group.store(ring(row), origin, last, result);
+      if (row >= kRing)
+        group.load_async(ring(row), origin, behind);
+      else if (refills)
+        group.load_async(ring(row), next_origin, last);
+      group.retreat(last);
+      group.retreat(behind);
+      cp_async_commit_group();
     }
     Walk to = start_of_share;
     each_reg_row(to, [&](Vector<T>& v, const Walk& w) {
-      group.store(v, group.place(origin, w), result, streaming);
-      if (const Place at = group.place(next_origin, w); refills && at.begin < at.end)
-        v = group.load(at, kEvictLast);
+      group.store(v, origin, w, result);
+      if (refills) group.load(v, next_origin, w);
     });
     each_smem_row(
         i, to, [](int) {},
         [&](Vector<T>& v, const Walk& w) {
-          group.store(v, group.place(origin, w), result, streaming);
-          if (const Place at = group.place(next_origin, w); refills && at.begin < at.end)
-            group.load_async(&v, at, kEvictLast);
+          group.store(v, origin, w, result);
+          if (refills) group.load_async(v, next_origin, w);
         },
         cp_async_commit_group);
   };
@@ -1090,50 +1110,47 @@ struct Unit {
   }
 };
 
-// What the pivot of a channel is chosen by: this lane's element of each of four runs, scattered
-// over the channel. (Elements that lie apart would each be a request of its own, for which small
-// channels have no time.) As it lies in memory: a conversion behind the load would wait for it.
+// The pivot of a channel: a mean of some of its elements, so that (pivot − mean)² is a fraction of
+// var and nothing cancels. They come in four runs, scattered over the channel: elements that lie
+// apart would each be a request of its own, for which small channels have no time. Of any three
+// runs the median counts, so that no outlier, nor a run of them, moves the pivot away from all
+// others. It is one of T's own values: then d = x − pivot has few digits, and most sums are exact.
+// All lanes of the warp must call.
 constexpr int kRuns = 4, kRunElements = 8;
 
-template <typename T>
-struct Sample {
-  T of_run[kRuns] = {};
-};
-
-template <typename T, Layout kLayout>
-__device__ Sample<T> load_sample(const Arguments& a, const Unit<T, kLayout>& unit, int channel) {
+template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
+__device__ A choose_pivot(const Arguments& a, const Unit<T, kLayout>& unit, int channel) {
+  constexpr int kOwn = kLayout == kPixels ? 2 : 1;  // of a run, a lane's: few lanes share a channel
   const FusedBatchNormCall& call = a.call;
   const bool apart = call.HW < kRunElements;
   const int64_t plane_stride = kLayout == kPixels ? 1 : call.HW,
                 element_stride = kLayout == kPixels ? call.C : 1;
-  Sample<T> sample;
-  if (channel >= call.C || unit.part >= kRunElements) return sample;
+  T sample[kOwn][kRuns] = {};
 #pragma unroll
-  for (int r = 0; r < kRuns; ++r) {
-    const unsigned seed = apart ? r * kRunElements + unit.part : r;
-    const uint64_t n = __umulhi(seed * 0x9e3779b9u, unsigned(call.N));
-    const uint64_t i =
-        __umulhi(seed * 0x85ebca6bu, unsigned(call.HW) - (apart ? 0 : kRunElements - 1)) +
-        (apart ? 0 : unit.part);
-    sample.of_run[r] =
-        static_cast<const T*>(call.x)[n * a.image + channel * plane_stride + i * element_stride];
+  for (int k = 0; k < kOwn; ++k) {
+    const int e = unit.part + k * unit.parts;
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) {
+      const unsigned seed = apart ? r * kRunElements + e : r;
+      const uint64_t n = __umulhi(seed * 0x9e3779b9u, unsigned(call.N));
+      const uint64_t i =
+          __umulhi(seed * 0x85ebca6bu, unsigned(call.HW) - (apart ? 0 : kRunElements - 1)) +
+          (apart ? 0 : e);
+      if (channel < call.C && e < kRunElements)
+        sample[k][r] = static_cast<const T*>(
+            call.x)[n * a.image + channel * plane_stride + i * element_stride];
+    }
   }
-  return sample;
-}
-
-// A mean of the sample, so that (pivot − mean)² is a fraction of var and nothing cancels; of
-// medians of three runs, so that no outlier, nor a run of them, moves it away from all others. All
-// lanes of the warp must call.
-template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
-__device__ A pivot_of(const Sample<T>& sample, const Unit<T, kLayout>& unit) {
   A sum = 0;
 #pragma unroll
-  for (int r = 0; r < kRuns; ++r) {
-    const A v = widen(sample.of_run[r]), next = widen(sample.of_run[(r + 1) % kRuns]);
-    sum += max(min(v, next), min(max(v, next), widen(sample.of_run[(r + 2) % kRuns])));
-  }
-  const A pivot = warp_sum(sum, unit.channels) / (kRuns * min(unit.parts, kRunElements));
-  return isfinite(pivot) ? pivot : A(0);
+  for (int k = 0; k < kOwn; ++k)
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) {
+      const A v = widen(sample[k][r]), next = widen(sample[k][(r + 1) % kRuns]);
+      sum += max(min(v, next), min(max(v, next), widen(sample[k][(r + 2) % kRuns])));
+    }
+  const A pivot = warp_sum(sum, unit.channels) / (kRuns * min(kOwn * unit.parts, kRunElements));
+  return isfinite(pivot) ? widen(round_to<T>(pivot)) : A(0);
 }
 
 struct Moments {
@@ -1201,13 +1218,14 @@ __device__ Sums<A> block_sums(const Block<T>& b, const Unit<T, kLayout>& unit, i
     for (unsigned c = first / kSize + unit.part; c * kSize < end; c += unit.parts)
       add_rows(2 * c + (c * kSize < first), 0, 1);
   } else {  // they share the rows; each pixel has an entry
-    const unsigned C = b.call.C, pixel = b.p.pixel.divisor;
+    const unsigned pixel = b.p.pixel.divisor * kSize, all = b.p.width.divisor * kSize;  // elements
 #pragma unroll 1
-    for (unsigned j = 0; j < b.p.pixels; ++j)
-      add_rows(pixel == b.p.width.divisor
-                   ? (j * C + b.a.shift + unit.local) % (pixel * kSize)
-                   : j * pixel * kSize + (j * C + b.a.shift) % kSize + unit.local,
-               unit.part, unit.parts);
+    for (unsigned j = 0; j < b.p.pixels; ++j) {
+      const unsigned first = j * unsigned(b.call.C) + b.a.shift, in_row = first + unit.local;
+      const unsigned periodic = in_row - (in_row < all ? 0 : all);
+      add_rows(pixel == all ? periodic : j * pixel + first % kSize + unit.local, unit.part,
+               unit.parts);
+    }
   }
   return warp_sum(sums, unit.channels);
 }
@@ -1230,37 +1248,22 @@ __device__ Sums<A> cluster_sums(const Block<T>& b, const Unit<T, kLayout>& unit,
   return warp_sum(sums, unit.channels);
 }
 
-// From a block's sums to those of a team in the grid: each block leaves them in memory, and adds
-// those of all in the order of their ranks. The count orders nothing: each slot says whether it has
-// arrived.
-template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
-__device__ Sums<A> grid_sums(const Block<T>& b, const Unit<T, kLayout>& unit, int i,
-                             const Sums<A>& own) {
-  constexpr int kSlots = 5;  // on their way to a lane: 132 blocks in one go
-  const int team = b.p.team.divisor, channels = has_columns(kLayout) ? b.p.channels : 1;
-  const bool exists = unit.local < channels;
-  unsigned char* const group = b.a.scratch + b.group(i) * b.layout.group_bytes;
-  auto* const counter = reinterpret_cast<unsigned long long*>(group + unit.index * kLineBytes);
-  auto* const slots =
-      reinterpret_cast<SumSlot<A>*>(group + b.layout.units * kLineBytes) + unit.local;
-  if (exists && unit.part == 0) st_relaxed(&slots[b.rank * channels], SumSlot<A>{own.s1, -own.s2});
-  if (b.lane == 0) {
-    red_add_relaxed(counter);
-    while (ld_relaxed(counter) < team)
-      nanosleep();  // all slots, again and again, would take L2's time
-  }
-  __syncwarp();
+// Sum of slots `stride` apart, of which this lane takes number `part` and every parts-th after it.
+// Each slot says whether it has arrived.
+constexpr int kSlots = 5;  // on their way to a lane: 132 blocks in one go
+template <typename A>
+__device__ Sums<A> gather(const SumSlot<A>* slots, int count, int stride, int part, int parts) {
   Sums<A> sums;
 #pragma unroll 1
-  for (int first = unit.part; exists && first < team; first += kSlots * unit.parts) {
+  for (int first = part; first < count; first += kSlots * parts) {
     SumSlot<A> slot[kSlots];
     bool complete;
     do {
       complete = true;
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) {
-        const int rank = first + k * unit.parts;
-        slot[k] = rank < team ? ld_relaxed(&slots[rank * channels]) : SumSlot<A>{0, A(-0.0)};
+        const int at = first + k * parts;
+        slot[k] = at < count ? ld_relaxed(&slots[at * stride]) : SumSlot<A>{0, A(-0.0)};
       }
 #pragma unroll
       for (int k = 0; k < kSlots; ++k)
@@ -1270,14 +1273,45 @@ __device__ Sums<A> grid_sums(const Block<T>& b, const Unit<T, kLayout>& unit, in
     for (int k = 0; k < kSlots; ++k) sums.add(Sums<A>{slot[k].s1, -slot[k].minus_s2});
   }
   __syncwarp();
-  return warp_sum(sums, unit.channels);
+  return sums;
+}
+
+// From a block's sums to those of a team in the grid, by slots in memory: one for each block and
+// channel, and one for the team's. Few are added up by each block for itself; of many, each channel
+// is one block's, which leaves the team's sums for all.
+template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
+__device__ Sums<A> grid_sums(const Block<T>& b, const Unit<T, kLayout>& unit, int i,
+                             const Sums<A>& own) {
+  const int team = b.p.team.divisor, channels = has_columns(kLayout) ? b.p.channels : 1;
+  const bool exists = unit.local < channels, few = team <= 2 * kSlots * unit.parts;
+  unsigned char* const group = b.a.scratch + b.group(i) * b.layout.group_bytes;
+  auto* const counter = reinterpret_cast<unsigned long long*>(group + unit.index * kLineBytes);
+  auto* const slots = reinterpret_cast<SumSlot<A>*>(group + b.layout.units * kLineBytes);
+  auto* const total = slots + team * channels;
+  if (exists && unit.part == 0)
+    st_relaxed(&slots[b.rank * channels + unit.local], SumSlot<A>{own.s1, -own.s2});
+  if (few) {
+    // The count orders nothing: looking at all slots, again and again, would take L2's time.
+    if (b.lane == 0) red_add_relaxed(counter);
+    while (b.lane == 0 && ld_relaxed(counter) < team) nanosleep();
+    __syncwarp();
+    return warp_sum(gather(slots + unit.local, exists ? team : 0, channels, unit.part, unit.parts),
+                    unit.channels);
+  }
+#pragma unroll 1
+  for (int c = b.rank; c < channels; c += team) {
+    if (c / unit.channels != unit.index) continue;
+    const Sums<A> sums = warp_sum(gather(slots + c, team, channels, b.lane, 32));
+    if (b.lane == 0) st_relaxed(&total[c], SumSlot<A>{sums.s1, -sums.s2});
+  }
+  return gather(total + unit.local, exists, channels, 0, 1);
 }
 
 // A group's pivots, which the workers find behind the result of an earlier one.
 template <typename T, Layout kLayout>
 __device__ void set_pivots(const Block<T>& b, const Unit<T, kLayout>& unit, int i) {
   if (!b.call.training || i >= b.groups) return;
-  const auto pivot = pivot_of(load_sample(b.a, unit, unit.channel(b, i)), unit);
+  const auto pivot = choose_pivot(b.a, unit, unit.channel(b, i));
   if (unit.leads(b)) b.pivot(i)[unit.local] = pivot;
 }
 
@@ -1416,13 +1450,15 @@ struct Device {
   }
 };
 
-// What a block moves and waits for (measured on an H100 and an H200).
-constexpr int64_t kRoundBytes = 4 * 1024;   // what a group costs beside its bytes
-constexpr int64_t kAloneBytes = 32 * 1024;  // of a group that a block takes alone
-constexpr int64_t kEvalBytes = 28 * 1024;   // of a block in eval mode: none waits for another
-constexpr int64_t kBlockBytes = 72 * 1024;  // of a block where there are clusters: three fit
-constexpr int64_t kBytesPerCycle = 16;      // that a multiprocessor reads, beside what it writes
-constexpr int64_t kStaggerCycles = 5200;    // of reading x, at least, where blocks are staggered
+// What a block moves and waits for (measured on an H100 and an H200), in bytes that could be moved
+// meanwhile: what a group costs beside its own where loads and exchange are hidden, where nothing
+// hides how long its last vectors take, and where nothing hides the exchange either.
+constexpr int64_t kHiddenBytes = 4 << 10, kLandingBytes = 64 << 10, kExchangeBytes = 144 << 10;
+constexpr int64_t kAloneBytes = 32 << 10;  // of a group that a block takes alone
+constexpr int64_t kEvalBytes = 28 << 10;   // of a block in eval mode: none waits for another
+constexpr int64_t kBlockBytes = 72 << 10;  // of a block where there are clusters: three fit
+constexpr int64_t kBytesPerCycle = 16;     // that a multiprocessor reads, beside what it writes
+constexpr int64_t kStaggerCycles = 5200;   // of reading x, at least, where blocks are staggered
 // Rows of a thread in a block with one group: the fewest with which all blocks are there at once.
 constexpr int kFewRows = 10, kSmallRows = 14, kMoreRows = 18;
 constexpr int kPixelRows = 4;  // of the smallest channels-last groups
@@ -1526,15 +1562,6 @@ struct Planner {
     return 32 * (p.exchange_warps + ceil_div(p.threads, 32));
   }
 
-  // Rows go to the blocks of a team in turn, where those keep pace with each other; else each has
-  // its rows side by side.
-  void deal(Plan& p, bool in_turn) const {
-    p.share = in_turn ? p.threads : p.rows * p.threads;
-    p.step = fast_divmod(in_turn ? int64_t(p.team.divisor) * p.threads : p.threads);
-    p.step_row = p.step.divisor / p.width.divisor;
-    p.step_in_row = p.step.divisor % p.width.divisor;
-  }
-
   // The plan with a team of so many blocks, of which so many fit on a multiprocessor.
   Plan with_team(Plan p, TeamKind kind, int64_t team, int stages, int lag, int blocks) const {
     p.team_kind = kind;
@@ -1551,27 +1578,41 @@ struct Planner {
     return p;
   }
 
-  // The same with a block's threads and rows; rows: of a thread, at first. None if it does not fit.
-  std::optional<Plan> with_block(const Plan& group, TeamKind kind, int64_t team, int stages,
-                                 int lag, int blocks, int rows) const {
-    Plan p = with_team(group, kind, team, stages, lag, blocks);
-    const int thread_grain = grain(p),
-              most = worker_threads(p, blocks) / thread_grain * thread_grain;
-    const int64_t share = std::max(ceil_div(p.vectors, team), 1);
-    p.threads = int(std::min<int64_t>(
-        ceil_div(share, int64_t(rows) * thread_grain) * int64_t(thread_grain), most));
-    if (p.threads == 0) return {};
-    rows = ceil_div(share, p.threads);
-    p.threads = ceil_div(share, int64_t(rows) * thread_grain) * thread_grain;
-    rows = p.rows = ceil_div(p.vectors, team * p.threads);
-    deal(p, stages > 1);
-    p.reg_rows = stages == 1 ? std::min(rows, register_rows(p.layout, size, false, lean)) : 0;
-    p.smem_rows = rows - p.reg_rows;
-    if (int64_t(stages) * p.smem_rows * p.threads * kVectorBytes > device.shared_bytes) return {};
+  // The same with so many worker threads in a block, and what rows they have where. None if that
+  // does not fit, unless rows may be read again.
+  std::optional<Plan> with_threads(Plan p, int threads, int blocks, bool rereads, bool many) const {
+    const int team = p.team.divisor, stages = p.stages.divisor;
+    p.threads = threads;
+    p.rows = ceil_div(p.vectors, int64_t(team) * threads);
+    // Rows go to the blocks of a team in turn, where those keep pace with each other; else each has
+    // its rows side by side.
+    const bool in_turn = stages > 1 || rereads;
+    p.share = in_turn ? threads : p.rows * threads;
+    p.step = fast_divmod(in_turn ? int64_t(team) * threads : threads);
+    p.step_row = p.step.divisor / p.width.divisor;
+    p.step_in_row = p.step.divisor % p.width.divisor;
+    p.reg_rows = stages == 1 ? std::min(p.rows, register_rows(p.layout, size, many, lean)) : 0;
+    p.smem_rows = 0;
+    const int rows = p.rows - p.reg_rows;
+    const int64_t room = multiprocessor_bytes / blocks - device.reserved_bytes - layout(p).bytes;
+    p.smem_rows = int(std::min<int64_t>(rows, room / (int64_t(stages) * threads * kVectorBytes)));
+    if (room < 0 || p.smem_rows < (rereads ? std::min(rows, kRing) : rows)) return {};
     p.shared_bytes = layout(p).bytes;
-    if (p.shared_bytes + device.reserved_bytes > multiprocessor_bytes / blocks) return {};
-    p.stagger = fast_divmod(std::max<int64_t>(device.multiprocessors / team, 1));
+    p.stagger = fast_divmod(std::max(device.multiprocessors / team, 1));
     return p;
+  }
+
+  // The same with as many threads as have about so many rows each.
+  std::optional<Plan> with_rows(const Plan& group, TeamKind kind, int64_t team, int stages, int lag,
+                                int blocks, int rows) const {
+    const Plan p = with_team(group, kind, team, stages, lag, blocks);
+    const int share = std::max(ceil_div(p.vectors, team), 1), unit = grain(p),
+              most = worker_threads(p, blocks) / unit * unit;
+    if (most <= 0) return {};
+    const int threads =
+        int(std::min(ceil_div(share, int64_t(rows) * unit) * int64_t(unit), int64_t(most)));
+    rows = ceil_div(share, threads);  // no more threads than that takes
+    return with_threads(p, ceil_div(share, int64_t(rows) * unit) * unit, blocks, false, false);
   }
 
   // Blocks of one multiprocessor start one after the other: in step, all would load, then all
@@ -1598,8 +1639,8 @@ struct Planner {
   std::optional<Plan> eval(const Plan& group) const {
     const int64_t bytes = int64_t(group.vectors) * kVectorBytes;
     for (int64_t block = std::min(kEvalBytes, multiprocessor_bytes / 4); block > 0; block /= 2)
-      if (const auto p = with_block(group, kBlockTeam, std::max(ceil_div(bytes, block), 1), 1, 0, 2,
-                                    kSmallRows))
+      if (const auto p = with_rows(group, kBlockTeam, std::max(ceil_div(bytes, block), 1), 1, 0, 2,
+                                   kSmallRows))
         return p;
     return {};
   }
@@ -1607,15 +1648,15 @@ struct Planner {
   // The same for a team with one group.
   std::optional<Plan> with_small_block(const Plan& group, TeamKind kind, int64_t team) const {
     for (const int rows : {kFewRows, kSmallRows, kMoreRows})
-      if (const auto p = with_block(group, kind, team, 1, 0, 2, rows))
+      if (const auto p = with_rows(group, kind, team, 1, 0, 2, rows))
         if (blocks(*p) <= at_once(*p)) return p;
-    return with_block(group, kind, team, 1, 0, 2, kSmallRows);
+    return with_rows(group, kind, team, 1, 0, 2, kSmallRows);
   }
 
   // Groups so small that a block takes one alone.
   std::optional<Plan> one_block(const Plan& group, int rows) const {
     if (int64_t(group.vectors) * kVectorBytes > kAloneBytes || counts_batches()) return {};
-    return with_block(group, kBlockTeam, 1, 1, 0, 2, rows);
+    return with_rows(group, kBlockTeam, 1, 1, 0, 2, rows);
   }
 
   // One group a block or a team, all of it on the chip, several blocks on a multiprocessor.
@@ -1635,7 +1676,7 @@ struct Planner {
     if (most_cluster == 1 ||
         (group.channels == 1 && groups * most_cluster < device.multiprocessors))
       for (const int64_t blocks : {slots / 2, slots})
-        if (const int64_t team = std::min(blocks / groups, bytes / kRoundBytes);
+        if (const int64_t team = std::min(blocks / groups, bytes / kHiddenBytes);
             team > 1 && team <= 64)
           if (const auto p = with_small_block(group, kGridTeam, team)) return p;
     // Blocks of a cluster, which are there at once too; in the largest one, as large as fits.
@@ -1658,13 +1699,19 @@ struct Planner {
       for (const auto& [stages, lag] : stages_and_lag) {
         for (int teams = 1; teams <= std::min(slots, std::max(group.groups, 1)); ++teams) {
           const int team = std::min(slots / teams, std::max(int(group.vectors / 256), 1));
-          const int rows =
-              std::max(ceil_div(ceil_div(group.vectors, team), blocks == 2 ? 256 : 448), 4);
-          const auto p = with_block(group, kGridTeam, team, stages, lag, blocks, rows);
+          const int most = group.layout == kPixels ? 384
+                           : blocks == 2           ? 256
+                                                   : 448,
+                    rows = std::max(ceil_div(ceil_div(group.vectors, team), most), 4);
+          const auto p = with_rows(group, kGridTeam, team, stages, lag, blocks, rows);
           if (!p) continue;
-          const int64_t bytes = int64_t(p->rows) * p->threads * kVectorBytes * blocks + kRoundBytes;
+          const int64_t bytes = int64_t(p->rows) * p->threads * kVectorBytes * blocks +
+                                (stages > lag + 1 ? kHiddenBytes
+                                 : lag > 0        ? kLandingBytes
+                                                  : kExchangeBytes);
           // Two groups on their way hide less; a block alone has its phases one after the other.
-          const int64_t cost = p->rounds * bytes * ((lag == 1 ? 102 : 100) + (blocks == 1));
+          const int alone = blocks == 2 ? 0 : group.layout == kPixels ? -1 : 1;
+          const int64_t cost = p->rounds * bytes * (100 + 2 * (lag == 1) + alone);
           if (cost < best_cost) {
             best_cost = cost;
             best = p;
@@ -1678,31 +1725,14 @@ struct Planner {
   // One group after the other, each by all blocks; what does not fit on the chip is read again.
   // None if a row is longer than a block has threads, or their sums do not fit.
   std::optional<Plan> large(const Plan& group, bool many_rows) const {
-    const int blocks = group.layout == kPixels ? 2 : 1;
-    const int team =
-        std::min<int>(blocks * device.multiprocessors, std::max(int(group.vectors / 64), 1));
-    Plan p = with_team(group, kGridTeam, team, 1, 0, blocks);
+    const int team = std::min<int>(device.multiprocessors, std::max(int(group.vectors / 64), 1));
+    const Plan p = with_team(group, kGridTeam, team, 1, 0, 1);
     const bool many = many_rows && p.layout != kPixels;
-    const int share = std::max(ceil_div(p.vectors, team), 1), thread_grain = grain(p);
-    const int64_t bytes = multiprocessor_bytes / blocks - device.reserved_bytes;
-    p.threads =
-        std::min(ceil_div(share, thread_grain), worker_threads(p, blocks, many) / thread_grain) *
-        thread_grain;
-    if (p.threads == 0) return {};
-    for (;; p.threads -= thread_grain) {  // else there is no room for their sums
-      p.rows = ceil_div(p.vectors, int64_t(team) * p.threads);
-      deal(p, true);
-      p.reg_rows = std::min(p.rows, register_rows(p.layout, size, many, lean));
-      p.smem_rows = 0;
-      p.shared_bytes = layout(p).bytes;
-      if (p.shared_bytes <= bytes || p.threads == thread_grain) break;
-    }
-    if (p.shared_bytes > bytes) return {};
-    const int64_t row_bytes = int64_t(p.threads) * kVectorBytes;
-    p.smem_rows = int(std::min<int64_t>(p.rows - p.reg_rows, (bytes - p.shared_bytes) / row_bytes));
-    p.shared_bytes = layout(p).bytes;
-    p.stagger = fast_divmod(1);
-    return p;
+    const int unit = grain(p), share = std::max(ceil_div(p.vectors, team), 1);
+    for (int units = std::min(ceil_div(share, unit), worker_threads(p, 1, many) / unit); units > 0;
+         --units)  // as many as there is room for
+      if (const auto fitting = with_threads(p, units * unit, 1, true, many)) return fitting;
+    return {};
   }
 };
 
@@ -1716,7 +1746,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size,
     if (!call.training) return *planner.eval(narrow);
     if (const auto p = planner.one_block(narrow, kPixelRows)) return *p;
     for (const int channels : {line, 2 * line})
-      if (const auto p = planner.middle(pixels(call, size, channels), {{1, 0}})) return *p;
+      if (const auto p = planner.middle(pixels(call, size, channels), {{2, 1}, {1, 0}})) return *p;
     for (int channels = 2 * line;; channels /= 2)
       if (const auto p = planner.large(pixels(call, size, channels), many_rows)) return *p;
   }
@@ -1826,43 +1856,10 @@ extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call,
   });
 }
 
-extern "C" const char* fused_batch_norm_describe(const FusedBatchNormCall* call, char* text,
-                                                 size_t text_bytes) {
+extern "C" const char* fused_batch_norm_plan(const FusedBatchNormCall* call, int* words,
+                                             size_t bytes) {
   return with_type(*call, [&](auto, const Arguments& a) -> const char* {
-    const Plan& p = a.plan;
-    const std::pair<const char*, int64_t> fields[] = {
-        {"layout", p.layout},
-        {"channels", p.channels},
-        {"groups", p.groups},
-        {"vectors", p.vectors},
-        {"width", p.width.divisor},
-        {"row_stride", p.row_stride},
-        {"group_stride", p.group_stride},
-        {"pixel", p.pixel.divisor},
-        {"pixels", p.pixels},
-        {"team_kind", p.team_kind},
-        {"team", p.team.divisor},
-        {"teams", p.teams},
-        {"rounds", p.rounds},
-        {"threads", p.threads},
-        {"exchange_warps", p.exchange_warps},
-        {"stages", p.stages.divisor},
-        {"lag", p.lag},
-        {"share", p.share},
-        {"step", p.step.divisor},
-        {"rows", p.rows},
-        {"reg_rows", p.reg_rows},
-        {"smem_rows", p.smem_rows},
-        {"shared_bytes", p.shared_bytes},
-        {"stagger", p.stagger.divisor},
-        {"stagger_turns", p.stagger_turns},
-        {"stagger_cycles", p.stagger_cycles},
-    };
-    for (const auto& [name, value] : fields) {
-      const int written = snprintf(text, text_bytes, "%s=%lld ", name, (long long)value);
-      text += written;
-      text_bytes -= written;
-    }
+    memcpy(words, &a.plan, std::min(bytes, sizeof a.plan));
     return nullptr;
   });
 }
@@ -2157,9 +2154,9 @@ Outputs run_with_autograd(PARAMETERS) {
   return outputs;
 }
 
-// The launch plan of a contiguous, aligned x on the current device, as "field=value field=value …".
-string plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bool training, MaybeDouble momentum,
-            bool channels_last) {
+// The launch plan of a contiguous, aligned x on the current device: the words of struct Plan.
+std::vector<int64_t> plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bool training,
+                          MaybeDouble momentum, bool channels_last) {
   int64_t counter;
   FusedBatchNormCall call{};
   call.num_batches_tracked = &counter;
@@ -2171,10 +2168,10 @@ string plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bool training, M
   call.dtype = dtype_code(dtype);
   call.training = training;
   call.channels_last = channels_last || HW == 1;
-  char text[1024];
-  const char* error = fused_batch_norm_describe(&call, text, sizeof text);
+  int words[64] = {};
+  const char* error = fused_batch_norm_plan(&call, words, sizeof words);
   TORCH_CHECK(!error, must("the device", "run the kernel", string("CUDA error: ") + error));
-  return text;
+  return {std::begin(words), std::end(words)};
 }
 
 }  // namespace
@@ -2195,7 +2192,7 @@ EXPANDED(TORCH_LIBRARY, TORCH_EXTENSION_NAME, m) {
   m.impl("eval", autograd, &eval<run_with_autograd>);
   m.def(
       "fused_batch_norm_plan(int N, int C, int HW, ScalarType dtype, bool training, "
-      "float? momentum, bool channels_last=False) -> str",
+      "float? momentum, bool channels_last=False) -> int[]",
       &plan);
 }
 """

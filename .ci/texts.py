@@ -37,3 +37,14 @@ def sm_80_text(text: str) -> str:
     text, found = re.subn(r'\[f"-gencode=.*?\]', option, text)
     assert found == 1, f"model_new.py chooses its architecture in {found} places, expected 1"
     return renamed(text, "sm_80")
+
+
+def fields_of_plan(cuda: str) -> list[tuple[str, int, str]]:
+    """Of the CUDA text's struct Plan: name, place among its words, what the text says of it."""
+    struct = re.search(r"struct Plan \{(.*?)\n\};", cuda, re.DOTALL)[1]
+    fields, place = [], 0
+    for type_, names, why in re.findall(r"^ *(\w+) ([\w, ]+); *// (.*)$", struct, re.MULTILINE):
+        for name in names.split(", "):
+            fields.append((name, place, why))
+            place += 3 if type_ == "FastDivmod" else 1  # the divisor, and what replaces it
+    return fields

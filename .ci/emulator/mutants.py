@@ -116,27 +116,23 @@ MUTANTS = [
         ),
     ),
     (
-        "elements of the tail in the wrong half of a word",
-        ("Group::load_tail", "<< (i * int(sizeof(T)) % 4 * 8)", ""),
-    ),
-    (
-        "only half of a double of the tail",
-        ("Group::load_tail", "if (sizeof(T) == 8 && w == 2 * i + 1) v.word[w] = bits[1];", ""),
+        "the last element of the tail left out",
+        ("Group::load", "i < at.end)", "i < at.end - 1)"),
     ),
     # ---- the pivot
     (
         "sums about 0",
-        ("pivot_of", "isfinite(pivot) ? pivot : A(0)", "A(0)"),
+        ("choose_pivot", "isfinite(pivot) ? widen(round_to<T>(pivot)) : A(0)", "A(0)"),
     ),
     (
         "a pivot that is not finite",
-        ("pivot_of", "isfinite(pivot) ? pivot : A(0)", "pivot"),
+        ("choose_pivot", "isfinite(pivot) ? widen(round_to<T>(pivot)) : A(0)", "pivot"),
     ),
     (
         "the mean of a sample that an outlier is in",
         (
-            "pivot_of",
-            "max(min(v, next), min(max(v, next), widen(sample.of_run[(r + 2) % kRuns])))",
+            "choose_pivot",
+            "max(min(v, next), min(max(v, next), widen(sample[k][(r + 2) % kRuns])))",
             "v",
         ),
     ),
@@ -147,23 +143,23 @@ MUTANTS = [
     ("var about the pivot", ("batch_moments", "- s1 * offset", "")),
     (
         "each block its own pivot",
-        ("load_sample", "seed * 0x9e3779b9u", "(seed + blockIdx.x) * 0x9e3779b9u"),
+        ("choose_pivot", "seed * 0x9e3779b9u", "(seed + blockIdx.x) * 0x9e3779b9u"),
     ),
     (
         "runs of samples that reach past the plane",
-        ("load_sample", "- (apart ? 0 : kRunElements - 1)", ""),
+        ("choose_pivot", "- (apart ? 0 : kRunElements - 1)", ""),
     ),
     (
         "a sample of a channels-last x read as of NCHW",
-        ("load_sample", "kLayout == kPixels ? 1 : call.HW", "call.HW"),
+        ("choose_pivot", "kLayout == kPixels ? 1 : call.HW", "call.HW"),
     ),
     (
         "a sample of the channel behind the last",
-        ("load_sample", "channel >= call.C ||", ""),
+        ("choose_pivot", "channel < call.C &&", ""),
     ),
     (
-        "more lanes sample than runs have elements",
-        ("load_sample", "|| unit.part >= kRunElements", ""),
+        "runs of twice as many elements",
+        ("choose_pivot", "&& e < kRunElements", "&& e < 2 * kRunElements"),
     ),
     (
         "the group before's pivot",
@@ -175,7 +171,11 @@ MUTANTS = [
     ),
     (
         "pivots of channels outside the group",
-        ("work::sum", "unsigned(c) < unsigned(p.channels) ? b.pivot(i)[c] : A(0)", "b.pivot(i)[c]"),
+        (
+            "Group::each_part",
+            "min(unsigned(channel), unsigned(p.channels) - 1)",
+            "unsigned(channel)",
+        ),
     ),
     (
         "pivots left behind the result that shows them",
@@ -201,6 +201,10 @@ MUTANTS = [
         "reads past the end of x",
         ("Group::load", "kMasked && at.vector >= a.whole", "false"),
         ("Group::load_async", "kMasked && at.vector >= a.whole", "false"),
+    ),
+    (
+        "an x of less than a vector taken for one of many",
+        ("Group", "max(a.whole, 1u) - 1", "a.whole - 1"),
     ),
     (
         "x ends within a vector that is read as a whole",
@@ -293,7 +297,7 @@ MUTANTS = [
     ),
     (
         "a block's rows neither side by side nor in turn",
-        ("Planner::deal", "in_turn ? p.threads : p.rows * p.threads", "p.threads"),
+        ("Planner::with_threads", "in_turn ? threads : p.rows * threads", "threads"),
     ),
     (
         "threads beyond take vectors",
@@ -324,17 +328,55 @@ MUTANTS = [
         ("work::each_smem_row", "(smem_rows + 1) / 2", "(smem_rows + (i & 1)) / 2"),
     ),
     (
-        "a row read again that is not there summed",
-        ("work::sum", "if (row + k < rows) add(", "add("),
-    ),
-    ("the first rows read again masked as all others", ("work::sum", "group.advance(at);", "")),
-    (
-        "a row on the chip stored from what was read again",
-        ("work::store", "if (row - k >= on_chip) group.store(", "group.store("),
-    ),
-    (
-        "half types' odd planes not read again",
+        "half types' odd planes without a ring",
         ("work", "(kLayout == kMaskedPlanes && sizeof(T) != 4)", "false"),
+    ),
+    (
+        "a ring in places that other rows have",
+        ("work", "p.smem_rows - (overflows ? kRing : 0)", "p.smem_rows"),
+    ),
+    ("a ring in the first places", ("work", "p.smem_rows - kRing + row % kRing", "row % kRing")),
+    ("the last place of the ring not filled", ("work::load", "min(ring_rows, kRing)", "kRing - 1")),
+    (
+        "rows of the ring summed before they are there",
+        ("work::sum", "cp_async_wait_group<kRing - 1>()", "cp_async_wait_group<kRing>()"),
+    ),
+    (
+        "rows of the ring stored before they are there",
+        ("work::store", "cp_async_wait_group<kRing - 1>()", "cp_async_wait_group<kRing>()"),
+    ),
+    (
+        "a row of the ring overwritten before it is summed",
+        (
+            "work::sum",
+            "add(ring(row), at); group.advance(at); if (row + kRing < ring_rows) "
+            "group.load_async(ring(row), origin, ahead);",
+            "if (row + kRing < ring_rows) group.load_async(ring(row), origin, ahead); "
+            "add(ring(row), at); group.advance(at);",
+        ),
+    ),
+    ("rows of the ring masked as the first", ("work::sum", "group.advance(at);", "")),
+    ("rows for the ring one too early", ("work::sum", "ring_walk(kRing)", "ring_walk(kRing - 1)")),
+    (
+        "rows sent for that no place of the ring is for",
+        ("work::sum", "row + kRing < ring_rows", "row + kRing <= ring_rows"),
+    ),
+    (
+        "the ring comes back with the next group's rows",
+        ("work::store", "(ring(row), origin, behind", "(ring(row), next_origin, behind"),
+    ),
+    (
+        "the ring filled again with the group that is there already",
+        ("work::store", "(ring(row), next_origin, last", "(ring(row), origin, last"),
+    ),
+    (
+        "the ring filled behind the last group",
+        ("work::store", "else if (refills) group", "else group"),
+    ),
+    ("no carry back to the row before", ("Group::retreat", "w.in_row < step_in_row", "false")),
+    (
+        "the rows of a step back forgotten",
+        ("Group::retreat", "w.row -= step_row; if", "if"),
     ),
     (
         "the kernel with few rows for a plan with many",
@@ -342,7 +384,7 @@ MUTANTS = [
     ),
     (
         "rows in registers though several groups are under way",
-        ("Planner::with_block", "stages == 1 ? std::min", "stages > 0 ? std::min"),
+        ("Planner::with_threads", "stages == 1 ? std::min", "stages > 0 ? std::min"),
     ),
     # ---- workers: the ring of places
     (
@@ -359,7 +401,7 @@ MUTANTS = [
     ),
     (
         "first groups loaded that are not there",
-        ("work::load", "i < b.groups && at.begin", "at.begin"),
+        ("work::load", "if (i < b.groups) group.load_async(v,", "group.load_async(v,"),
     ),
     ("the first groups loaded last first", ("work", "load(i + stages - 1);", "load(-i);")),
     (
@@ -367,14 +409,12 @@ MUTANTS = [
         (
             "work::store",
             (
-                "group.store(v, group.place(origin, w), result, streaming); if (const Place at "
-                "= group.place(next_origin, w); refills && at.begin < at.end) "
-                "group.load_async(&v, at, kEvictLast);"
+                "group.store(v, origin, w, result); "
+                "if (refills) group.load_async(v, next_origin, w);"
             ),
             (
-                "if (const Place at = group.place(next_origin, w); refills && at.begin < "
-                "at.end) group.load_async(&v, at, kEvictLast); group.store(v, "
-                "group.place(origin, w), result, streaming);"
+                "if (refills) group.load_async(v, next_origin, w); "
+                "group.store(v, origin, w, result);"
             ),
         ),
     ),
@@ -415,16 +455,8 @@ MUTANTS = [
         ("work::store", "mbarrier_wait(b.ready(i), b.parity(i));", ""),
         (
             "work::store",
-            "Result<A>{}; });",
-            "Result<A>{}; }); mbarrier_wait(b.ready(i), b.parity(i));",
-        ),
-    ),
-    (
-        "results of channels outside the group",
-        (
-            "work::store",
-            "unsigned(c) < unsigned(p.channels) ? b.result(i)[c] : Result<A>{}",
-            "b.result(i)[c]",
+            "result[e] = results[c]; });",
+            "result[e] = results[c]; }); mbarrier_wait(b.ready(i), b.parity(i));",
         ),
     ),
     (
@@ -528,11 +560,11 @@ MUTANTS = [
     ("the last row of threads' sums forgotten", ("block_sums", "r < rows", "r < rows - 1")),
     (
         "pixel behind pixel: sums as of an aligned x",
-        ("block_sums", "(j * C + b.a.shift + unit.local)", "(j * C + unit.local)"),
+        ("block_sums", "in_row = first + unit", "in_row = first - b.a.shift + unit"),
     ),
     (
         "parts of pixels: sums as of an aligned x",
-        ("block_sums", "(j * C + b.a.shift) % kSize", "(j * C) % kSize"),
+        ("block_sums", "first % kSize", "(first - b.a.shift) % kSize"),
     ),
     (
         "a thread's column changes from row to row",
@@ -618,35 +650,56 @@ MUTANTS = [
         ),
     ),
     # ---- between the blocks of the grid
-    (
-        "the block's own sums added twice in the grid",
-        ("grid_sums", "Sums<A> sums;", "Sums<A> sums = b.lane == 0 ? own : Sums<A>();"),
-    ),
-    ("the last block's sums left out", ("grid_sums", "rank < team ?", "rank < team - 1 ?")),
+    ("slots added twice", ("gather", "Sums<A> sums;", "Sums<A> sums = {slots[0].s1, 0};")),
+    ("the last block's sums left out", ("gather", "at < count ?", "at < count - 1 ?")),
     (
         "sums of blocks beyond the team",
         (
-            "grid_sums",
-            "rank < team ? ld_relaxed(&slots[rank * channels]) : SumSlot<A>{0, A(-0.0)}",
-            "ld_relaxed(&slots[rank * channels])",
+            "gather",
+            "at < count ? ld_relaxed(&slots[at * stride]) : SumSlot<A>{0, A(-0.0)}",
+            "ld_relaxed(&slots[at * stride])",
         ),
     ),
     (
+        "a peer's sums believed before they are there",
+        ("gather", "while (!complete)", "while (false)"),
+    ),
+    ("sums that are NaN taken for an empty slot", ("gather", "slot[k].minus_s2 != 0 ||", "")),
+    (
+        "slots added again with the next ones",
+        ("gather", "first += kSlots * parts", "first += parts"),
+    ),
+    (
         "sums left at another block's place",
-        ("grid_sums", "st_relaxed(&slots[b.rank * channels]", "st_relaxed(&slots[b.rank]"),
+        ("grid_sums", "&slots[b.rank * channels + unit.local]", "&slots[b.rank + unit.local]"),
     ),
     (
         "a block leaves sums of channels outside the group",
         ("grid_sums", "if (exists && unit.part == 0)", "if (unit.part == 0)"),
     ),
     (
-        "a peer's sums believed before they are there",
-        ("grid_sums", "while (!complete)", "while (false)"),
+        "the team's sums of all channels in one place",
+        ("grid_sums", "st_relaxed(&total[c]", "st_relaxed(&total[0]"),
     ),
-    ("sums that are NaN taken for an empty slot", ("grid_sums", "slot[k].minus_s2 != 0 ||", "")),
     (
-        "slots added again with the next ones",
-        ("grid_sums", "first += kSlots * unit.parts", "first += unit.parts"),
+        "a channel's sums added up by the warp of another",
+        ("grid_sums", "c / unit.channels != unit.index", "c % b.layout.units != unit.index"),
+    ),
+    (
+        "only as many channels added up as there are blocks",
+        ("grid_sums", "c += team)", "c += channels)"),
+    ),
+    (
+        "the first block's sums taken for the team's",
+        ("grid_sums", "gather(total + unit.local", "gather(slots + unit.local"),
+    ),
+    (
+        "no place for the team's sums",
+        ("SharedLayout", "(team + 1) * int64_t(p.channels)", "team * int64_t(p.channels)"),
+    ),
+    (
+        "sums of every other lane left out",
+        ("publish", "bit >= width", "bit > width"),
     ),
     ("sums without a mark where s2 is 0", ("grid_sums", "-own.s2", "0 - own.s2")),
     (
@@ -663,7 +716,7 @@ MUTANTS = [
     ),
     (
         "scratch for one channel of a group",
-        ("SharedLayout", "int64_t(team) * p.channels * slot_bytes", "int64_t(team) * slot_bytes"),
+        ("SharedLayout", "int64_t(p.channels) * slot_bytes", "int64_t(1) * slot_bytes"),
     ),
     (
         "too little scratch",
@@ -774,18 +827,22 @@ MUTANTS = [
     ),
     (
         "blocks larger than their share of a multiprocessor",
-        ("Planner::with_block", "> multiprocessor_bytes / blocks", "> multiprocessor_bytes"),
+        ("Planner::with_threads", "multiprocessor_bytes / blocks -", "multiprocessor_bytes -"),
     ),
     (
         "rows in shared memory that is taken",
-        ("Planner::large", "(bytes - p.shared_bytes) / row_bytes", "bytes / row_bytes"),
+        (
+            "Planner::with_threads",
+            "- device.reserved_bytes - layout(p).bytes",
+            "- device.reserved_bytes",
+        ),
     ),
     (
         "teams larger than all multiprocessors have room for",
         (
             "Planner::large",
-            "std::min<int>(blocks * device.multiprocessors,",
-            "std::min<int>((blocks + 1) * device.multiprocessors,",
+            "std::min<int>(device.multiprocessors,",
+            "std::min<int>(2 * device.multiprocessors,",
         ),
     ),
 ]

@@ -404,6 +404,10 @@ def random_case(seed: int, gpu: Device | None = None) -> tuple[Case, Device]:
     data = r.choice(("mixed", "uniform", "constant", "outlier first", *RANDOM_DATA))
     unaligned = r.choice(("unaligned", *UNALIGNED))
     layout = r.choice(("contiguous",) * 6 + (*CHANNELS_LAST * 2, *COPIED, unaligned, unaligned))
+    if layout in CHANNELS_LAST and r.random() < 0.4:  # large groups, many blocks to a team
+        C = r.choice((31, 32, 48, 64, 96, 128, 130))
+        N = max(2, int(most_elems / C / (H * W)))
+        device = gpu or replace(device, multiprocessors=r.choice((12, 25)))
     if r.random() < 0.01:
         N, data, layout = 0, "uniform", "contiguous"
     case = Case(

@@ -1,5 +1,5 @@
 // The PTX wrappers of the CUDA text, as the emulator means them. Their contracts, and the types
-// Mbarrier, CachePolicy and SumSlot, stand in the text, which includes this file instead of its own.
+// Mbarrier and SumSlot, stand in the text, which includes this file instead of its own.
 #pragma once
 
 using emulator::barrier_cluster_arrive;
@@ -14,7 +14,9 @@ using emulator::mbarrier_wait_cluster;
 using emulator::nanosleep;
 __forceinline__ void nanosleep_cycles(int64_t) { nanosleep(); }
 __forceinline__ unsigned char* dynamic_shared_memory() { return emulator::shared_memory(); }
-__forceinline__ void cp_async_16(void* shared, const void* global, CachePolicy) { emulator::cp_async_16(shared, global); }
+__forceinline__ void cp_async_16(void* shared, const void* global, unsigned bytes) {
+  emulator::cp_async_16(shared, global, bytes);
+}
 template <int kPending> __forceinline__ void cp_async_wait_group() { emulator::cp_async_wait_group(kPending); }
 template <typename A> __forceinline__ void st_async(SumSlot<A>* shared, int rank, SumSlot<A> slot, Mbarrier* b) {
   emulator::send_to_peer(shared, unsigned(rank), &slot, sizeof slot, b);
@@ -28,5 +30,5 @@ template <typename A> __forceinline__ void st_relaxed(SumSlot<A>* address, SumSl
   emulator::store_atomic(address, &slot, sizeof slot);
 }
 __forceinline__ void red_add_relaxed(void* word) { emulator::add_atomic(static_cast<unsigned long long*>(word), 1); }
-__forceinline__ uint4 ld_global_128(const void* address, CachePolicy) { return *static_cast<const uint4*>(address); }
-__forceinline__ void st_global_128(void* address, uint4 raw, bool) { emulator::store_aligned(address, &raw, sizeof raw); }
+__forceinline__ uint4 ld_global_128(const void* address) { return *static_cast<const uint4*>(address); }
+__forceinline__ void st_global_128(void* address, uint4 raw) { emulator::store_aligned(address, &raw, sizeof raw); }
