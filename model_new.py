@@ -163,17 +163,14 @@ __device__ void mbarrier_wait(Mbarrier* b, unsigned parity) {
   }
 }
 
-// `bytes` by this thread, some time later, and zeros up to 16. L2 fetches the whole line of 128.
-__device__ void cp_async_16(void* shared, const void* global, unsigned bytes) {
+// 16 bytes by this thread, some time later. L2 fetches the whole line of 128.
+__device__ void cp_async_16(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
-  ASM("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
+  ASM("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(
           shared_address(shared)),
-      "l"(global), "r"(bytes), "l"(kEvictLast) : "memory");
+      "l"(global), "l"(kEvictLast) : "memory");
 #else
-  if (bytes == 16)
-    *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
-  else
-    memcpy(shared, global, bytes);
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
 #endif
 }
 
@@ -336,6 +333,9 @@ struct alignas(kVectorBytes) Vector {  // as words: as elements, 16-bit ones tak
     T element;
     memcpy(&element, bits, sizeof(T));
     return element;
+  }
+  __device__ void set(int i, T element) {
+    memcpy(reinterpret_cast<char*>(word) + i * sizeof(T), &element, sizeof(T));
   }
 };
 
@@ -797,29 +797,35 @@ struct Group {
     }
   }
 
-  // Loads the vector where `w` is, if any of its elements counts; one that reaches past the end of
-  // x element by element.
+  // What counts of a vector that reaches past the end of x.
+  __device__ Vector<T> load_tail(const Place& at) const {
+    Vector<T> v;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i)
+      if (i >= at.begin && i < at.end) v.set(i, reinterpret_cast<const T*>(x + at.vector)[i]);
+    return v;
+  }
+
+  // Loads the vector where `w` is, if any of its elements counts.
   __device__ void load(Vector<T>& v, const Origin& o, const Walk& w) const {
     const Place at = place(o, w);
     if (kMasked && at.begin >= at.end) return;
     if (kMasked && at.vector >= a.whole) {
-      const T* const elements = reinterpret_cast<const T*>(x + at.vector);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i)
-        if (i >= at.begin && i < at.end)
-          memcpy(reinterpret_cast<char*>(v.word) + i * sizeof(T), elements + i, sizeof(T));
+      v = load_tail(at);
     } else {
       const uint4 raw = ld_global_128(x + at.vector);
       memcpy(v.word, &raw, sizeof raw);
     }
   }
 
-  // The same some time later, into shared memory.
+  // The same into shared memory, some time later.
   __device__ void load_async(Vector<T>& v, const Origin& o, const Walk& w) const {
     const Place at = place(o, w);
     if (kMasked && at.begin >= at.end) return;
-    const bool is_tail = kMasked && at.vector >= a.whole;
-    cp_async_16(&v, x + at.vector, is_tail ? at.end * sizeof(T) : kVectorBytes);
+    if (kMasked && at.vector >= a.whole)
+      v = load_tail(at);
+    else
+      cp_async_16(&v, x + at.vector);
   }
 
   // Adds the vector where `w` is: s1 += x − pivot, s2 += (x − pivot)², element by element.

@@ -117,7 +117,7 @@ MUTANTS = [
     ),
     (
         "the last element of the tail left out",
-        ("Group::load", "i < at.end)", "i < at.end - 1)"),
+        ("Group::load_tail", "i < at.end)", "i < at.end - 1)"),
     ),
     # ---- the pivot
     (
@@ -682,8 +682,8 @@ MUTANTS = [
         ("grid_sums", "st_relaxed(&total[c]", "st_relaxed(&total[0]"),
     ),
     (
-        "a channel's sums added up by the warp of another",
-        ("grid_sums", "c / unit.channels != unit.index", "c % b.layout.units != unit.index"),
+        "only the first unit's channels added up",
+        ("grid_sums", "c / unit.channels != unit.index", "c / unit.channels != 0"),
     ),
     (
         "only as many channels added up as there are blocks",

@@ -25,5 +25,6 @@ def in_new_python(scene, *, under: tuple[str, ...] = (), **environment: str) -> 
     settings = {key: value for key, value in settings.items() if value}
     command = [*under, sys.executable, "-c", code]
     done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said if len(said) < 8000 else f"{said[:4000]} … {said[-4000:]}"
     return done.stdout

@@ -42,7 +42,7 @@ void mbarrier_wait_cluster(uint64_t* barrier, unsigned parity);
 void send_to_peer(void* shared, unsigned rank, const void* value, unsigned bytes, uint64_t* barrier);
 
 // Asynchronous copies, which their thread waits for.
-void cp_async_16(void* shared, const void* global, unsigned bytes);
+void cp_async_16(void* shared, const void* global);
 void cp_async_commit_group();
 void cp_async_wait_group(unsigned groups_on_their_way);
 

@@ -137,28 +137,21 @@ void send_to_peer(void* shared, unsigned rank, const void* value, unsigned bytes
   memcpy(machine.messages.back().value, value, bytes);
 }
 
-// The first `count` of a thread's copies.
-static void finish(std::vector<Fibre::Copy>& copies, size_t count) {
-  for (size_t i = 0; i < count; ++i) {
-    memcpy(copies[i].to, copies[i].from, copies[i].bytes);
-    memset(copies[i].to + copies[i].bytes, 0, 16 - copies[i].bytes);
-  }
-  copies.erase(copies.begin(), copies.begin() + count);
-}
-
-// The first `bytes` of 16; the rest becomes 0.
-void cp_async_16(void* shared, const void* global, unsigned bytes) {
+void cp_async_16(void* shared, const void* global) {
   const void* place = walk(__builtin_return_address(0));
   offset_of(shared, 16, "a copy's destination", place);
   require_aligned(shared, 16, Access::kWrite, place);
   require_aligned(global, 16, Access::kRead, place);
   const bool at_once = machine.device.capability < 80;  // no cp.async there: a plain copy
   const Epoch mark = at_once ? now(*current, false) : epoch(*current->block, current->thread, kNotYet, false);
-  access(global, bytes, Access::kRead, false, mark, place);
+  access(global, 16, Access::kRead, false, mark, place);
   access(shared, 16, Access::kWrite, false, mark, place);
-  if (!at_once) poison(shared, 16);
-  current->copies.push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes});
-  if (at_once) finish(current->copies, 1);
+  if (at_once) {
+    memcpy(shared, global, 16);
+    return;
+  }
+  poison(shared, 16);
+  current->copies.push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global)});
 }
 
 void cp_async_commit_group() {
@@ -172,8 +165,11 @@ void cp_async_wait_group(unsigned groups_on_their_way) {
   auto& groups = current->groups;
   if (groups.size() <= groups_on_their_way) return;
   const size_t done = groups.size() - groups_on_their_way, landed = groups[done - 1];
-  for (size_t i = 0; i < landed; ++i) track(copies[i].to, 16, now(*current, false));
-  finish(copies, landed);
+  for (size_t i = 0; i < landed; ++i) {
+    memcpy(copies[i].to, copies[i].from, 16);
+    track(copies[i].to, 16, now(*current, false));
+  }
+  copies.erase(copies.begin(), copies.begin() + landed);
   groups.erase(groups.begin(), groups.begin() + done);
   for (size_t& group : groups) group -= landed;
 }

@@ -66,8 +66,8 @@ struct Fibre {
   unsigned parity = 0;
   uint64_t result = 0;          // what a shuffle brought
   Clock clock;
-  struct Copy { unsigned char* to; const unsigned char* from; unsigned bytes; };
-  std::vector<Copy> copies;     // to 16 bytes, that it has not awaited yet
+  struct Copy { unsigned char* to; const unsigned char* from; };
+  std::vector<Copy> copies;     // of 16 bytes, that it has not awaited yet
   std::vector<size_t> groups;   // how many of them there were at each cp_async_commit_group
   unsigned arrivals[kLevels] = {};         // at barriers of its Groups
   bool arrived[kLevels] = {};              // ... and has not waited since
