@@ -202,9 +202,13 @@ __device__ uint4 ld_global_128(const void* from) {
 }
 
 // In one instruction: the compiler would split a plain assignment.
-__device__ void st_global_128(void* to, uint4 v) {
-  ASM("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
-      "r"(v.w) : "memory");
+__device__ void st_global_128(void* to, uint4 v, bool streaming) {
+  if (streaming)
+    ASM("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+        "r"(v.w) : "memory");
+  else
+    ASM("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+        "r"(v.w) : "memory");
 }
 
 // Relaxed accesses, each in one piece.
@@ -483,6 +487,10 @@ __host__ __device__ constexpr int register_rows(Layout layout, int size, bool ma
   if (many) return lean ? 12 : 16;
   return layout == kPlanes && size == 4 ? 3 : 0;
 }
+
+// Rows that a thread adds up one after the other, about: of values with few digits, as 16-bit ones
+// have, each is rounded like the one before, and the errors add up.
+constexpr int kChain = 32;
 
 // Places of a thread in which rows take turns that have no places of their own.
 constexpr int kRing = 4;
@@ -850,7 +858,7 @@ struct Group {
   // y = (x − mean)·scale + shift, where shift holds beta and what the rounded mean left over. The
   // mean goes first: folded into the shift, it would take digits along where |mean| ≫ std.
   __device__ void store(const Vector<T>& v, const Origin& o, const Walk& w,
-                        const Result<A> (&r)[kParts]) const {
+                        const Result<A> (&r)[kParts], bool streaming) const {
     const Place at = place(o, w);
     if (kMasked && at.begin >= at.end) return;
     A normal[kSize];
@@ -862,7 +870,7 @@ struct Group {
     const Vector<T> v_y = make_vector<T>(normal);
     Vector<T>* const to = y + at.vector;
     if (!kMasked || at.end - at.begin == kSize) {
-      st_global_128(to, *reinterpret_cast<const uint4*>(&v_y));
+      st_global_128(to, *reinterpret_cast<const uint4*>(&v_y), streaming);
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i)
@@ -875,10 +883,12 @@ struct Group {
 // Worker warps: each thread loads, sums and stores vectors of its own
 // -------------------------------------------------------------------------------------------------
 
-// Hands this thread's sums of group i to the exchange warps.
+// Leaves this thread's sums of group i for the exchange warps, instead of earlier ones or (`more`)
+// beside them.
 template <typename T, Layout kLayout>
-__device__ void publish(const Block<T>& b, const Group<T, kLayout>& group, unsigned thread, int i,
-                        Sums<typename Accumulator<T>::type> (&sums)[Group<T, kLayout>::kSums]) {
+__device__ void leave(const Block<T>& b, const Group<T, kLayout>& group, unsigned thread, int i,
+                      Sums<typename Accumulator<T>::type> (&sums)[Group<T, kLayout>::kSums],
+                      bool more) {
   using A = typename Accumulator<T>::type;
   constexpr int kSize = Group<T, kLayout>::kSums;
   Sums<A>* const partial = b.partial(i);
@@ -912,9 +922,11 @@ __device__ void publish(const Block<T>& b, const Group<T, kLayout>& group, unsig
     const unsigned at = by_warp ? thread / 32 * width + b.lane : thread;
     if (by_warp ? unsigned(b.lane) < width : thread < unsigned(b.p.threads))
 #pragma unroll
-      for (int e = 0; e < kSize; ++e) partial[at * kSize + e] = sums[e];
+      for (int e = 0; e < kSize; ++e) {
+        if (more) sums[e].add(partial[at * kSize + e]);
+        partial[at * kSize + e] = sums[e];
+      }
   }
-  mbarrier_arrive(b.summed(i));  // all lanes: each has read what may be overwritten behind this
 }
 
 // A thread's vectors are rows of its block's share: the first few in registers, the next in places
@@ -1018,16 +1030,24 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
         },
         add, [] {});
     Walk ahead = ring_walk(kRing);
+    int row = 0;
+    do {
+      const bool more = row > 0;
+      const int end = kLayout == kPixels ? min(row + kChain, ring_rows) : ring_rows;
 #pragma unroll 1
-    for (int row = 0; kHasRing && row < ring_rows; ++row) {
-      cp_async_wait_group<kRing - 1>();
-      add(ring(row), at);
-      group.advance(at);
-      if (row + kRing < ring_rows) group.load_async(ring(row), origin, ahead);
-      group.advance(ahead);
-      cp_async_commit_group();
-    }
-    publish(b, group, thread, i, sums);
+      for (; kHasRing && row < end; ++row) {
+        cp_async_wait_group<kRing - 1>();
+        add(ring(row), at);
+        group.advance(at);
+        if (row + kRing < ring_rows) group.load_async(ring(row), origin, ahead);
+        group.advance(ahead);
+        cp_async_commit_group();
+      }
+      leave(b, group, thread, i, sums, more);
+#pragma unroll
+      for (int e = 0; e < G::kSums; ++e) sums[e] = {};
+    } while (kLayout == kPixels && row < ring_rows);
+    mbarrier_arrive(b.summed(i));  // all lanes: each has read what may be overwritten behind this
   };
 
   // y of group i, and refills each place that it has stored with group `next`.
@@ -1043,7 +1063,7 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
 #pragma unroll 1
     for (int row = ring_rows - 1; kHasRing && row >= 0; --row) {
       cp_async_wait_group<kRing - 1>();
-      group.store(ring(row), origin, last, result);
+      group.store(ring(row), origin, last, result, overflows);
       if (row >= kRing)
         group.load_async(ring(row), origin, behind);
       else if (refills)
@@ -1054,13 +1074,13 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
     }
     Walk to = start_of_share;
     each_reg_row(to, [&](Vector<T>& v, const Walk& w) {
-      group.store(v, origin, w, result);
+      group.store(v, origin, w, result, overflows);
       if (refills) group.load(v, next_origin, w);
     });
     each_smem_row(
         i, to, [](int) {},
         [&](Vector<T>& v, const Walk& w) {
-          group.store(v, origin, w, result);
+          group.store(v, origin, w, result, overflows);
           if (refills) group.load_async(v, next_origin, w);
         },
         cp_async_commit_group);
@@ -1983,7 +2003,9 @@ Tensor allocate(c10::SymIntArrayRef sizes, ScalarType type, const Tensor& like,
 // NCHW or channels-last as x, from element `shift` of its memory on; no view, since autograd lets
 // nobody change a view that a custom operator returns.
 Tensor allocate_y(const Tensor& x, const SymInt& shift) {
-  const auto format = x.suggest_memory_format();
+  auto format = x.suggest_memory_format();
+  if (x.sym_numel() == 0 && x.is_contiguous(c10::MemoryFormat::ChannelsLast))
+    format = c10::MemoryFormat::ChannelsLast;  // not suggested for an empty x
   if (shift == 0) return allocate(x.sym_sizes(), x.scalar_type(), x, format);
   Tensor y = allocate({x.sym_numel() + shift}, x.scalar_type(), x);
   auto* impl = y.unsafeGetTensorImpl();

@@ -409,12 +409,12 @@ MUTANTS = [
         (
             "work::store",
             (
-                "group.store(v, origin, w, result); "
+                "group.store(v, origin, w, result, overflows); "
                 "if (refills) group.load_async(v, next_origin, w);"
             ),
             (
                 "if (refills) group.load_async(v, next_origin, w); "
-                "group.store(v, origin, w, result);"
+                "group.store(v, origin, w, result, overflows);"
             ),
         ),
     ),
@@ -467,7 +467,7 @@ MUTANTS = [
     (
         "one lane arrives before its warp has read and written",
         (
-            "publish",
+            "work::sum",
             "mbarrier_arrive(b.summed(i));",
             "if (b.lane == 0) mbarrier_arrive(b.summed(i));",
         ),
@@ -479,24 +479,20 @@ MUTANTS = [
     ),
     (
         "sums published behind the arrival",
-        ("publish", "mbarrier_arrive(b.summed(i));", ""),
-        (
-            "publish",
-            "Sums<A>* const partial",
-            "mbarrier_arrive(b.summed(i)); Sums<A>* const partial",
-        ),
+        ("work::sum", "mbarrier_arrive(b.summed(i));", ""),
+        ("work::sum", "int row = 0;", "mbarrier_arrive(b.summed(i)); int row = 0;"),
     ),
     (
         "the next channel's elements taken for this one's",
-        ("publish", "of[1].add(sums[e])", "of[0].add(sums[e])"),
+        ("leave", "of[1].add(sums[e])", "of[0].add(sums[e])"),
     ),
     (
         "packed: threads beyond publish",
-        ("publish", "if (thread < unsigned(b.p.threads)) {", "{"),
+        ("leave", "if (thread < unsigned(b.p.threads)) {", "{"),
     ),
     (
         "pixels: threads beyond publish",
-        ("publish", "by_warp ? unsigned(b.lane) < width : thread < unsigned(b.p.threads)", "true"),
+        ("leave", "by_warp ? unsigned(b.lane) < width : thread < unsigned(b.p.threads)", "true"),
     ),
     (
         "sums there when all warps' but one are",
@@ -698,8 +694,14 @@ MUTANTS = [
         ("SharedLayout", "(team + 1) * int64_t(p.channels)", "team * int64_t(p.channels)"),
     ),
     (
+        "later sums in the place of earlier ones",
+        ("leave", "if (more) sums[e].add(partial[at * kSize + e]);", ""),
+    ),
+    ("sums beside those of the group before", ("work::sum", "more = row > 0", "more = true")),
+    ("sums left twice", ("work::sum", "sums[e] = {};", "")),
+    (
         "sums of every other lane left out",
-        ("publish", "bit >= width", "bit > width"),
+        ("leave", "bit >= width", "bit > width"),
     ),
     ("sums without a mark where s2 is 0", ("grid_sums", "-own.s2", "0 - own.s2")),
     (

@@ -177,7 +177,15 @@ MORE_CASES = [
     Case("HW one more than a vector", (8, 16, 1, 1025), small=(3, 4, 1, 129)),
     Case("W = 0", (2, 5, 4, 0)),
     Case("N = 0, plane 1x1", (0, 5, 1, 1)),
+    Case("N = 0, channels-last", (0, 5, 4, 4), layout="channels_last"),
     # Memory layouts.
+    Case(
+        "channels-last, many pixels a thread",
+        (64, 8, 511, 513),
+        BF16,
+        layout="channels_last",
+        small=(4, 8, 173, 173),
+    ),
     Case(
         "channels-last, float16",
         (16, 64, 28, 28),
