@@ -1030,10 +1030,9 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
         },
         add, [] {});
     Walk ahead = ring_walk(kRing);
-    int row = 0;
+    int row = 0, chain = 0;  // where one begins, for all lanes alike
     do {
-      const bool more = row > 0;
-      const int end = kLayout == kPixels ? min(row + kChain, ring_rows) : ring_rows;
+      const int end = kLayout == kPixels ? min(chain + kChain, ring_rows) : ring_rows;
 #pragma unroll 1
       for (; kHasRing && row < end; ++row) {
         cp_async_wait_group<kRing - 1>();
@@ -1043,10 +1042,11 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
         group.advance(ahead);
         cp_async_commit_group();
       }
-      leave(b, group, thread, i, sums, more);
+      leave(b, group, thread, i, sums, chain > 0);
 #pragma unroll
       for (int e = 0; e < G::kSums; ++e) sums[e] = {};
-    } while (kLayout == kPixels && row < ring_rows);
+      chain += kChain;
+    } while (kLayout == kPixels && overflows && chain < p.rows - p.smem_rows + kRing);
     mbarrier_arrive(b.summed(i));  // all lanes: each has read what may be overwritten behind this
   };
 

@@ -480,7 +480,7 @@ MUTANTS = [
     (
         "sums published behind the arrival",
         ("work::sum", "mbarrier_arrive(b.summed(i));", ""),
-        ("work::sum", "int row = 0;", "mbarrier_arrive(b.summed(i)); int row = 0;"),
+        ("work::sum", "int row = 0,", "mbarrier_arrive(b.summed(i)); int row = 0,"),
     ),
     (
         "the next channel's elements taken for this one's",
@@ -697,7 +697,15 @@ MUTANTS = [
         "later sums in the place of earlier ones",
         ("leave", "if (more) sums[e].add(partial[at * kSize + e]);", ""),
     ),
-    ("sums beside those of the group before", ("work::sum", "more = row > 0", "more = true")),
+    (
+        "a chain more for some lanes of a warp",
+        (
+            "work::sum",
+            "overflows && chain < p.rows - p.smem_rows + kRing",
+            "row < ring_rows",
+        ),
+    ),
+    ("sums beside those of the group before", ("work::sum", "chain > 0", "true")),
     ("sums left twice", ("work::sum", "sums[e] = {};", "")),
     (
         "sums of every other lane left out",

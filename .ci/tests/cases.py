@@ -179,6 +179,8 @@ MORE_CASES = [
     Case("N = 0, plane 1x1", (0, 5, 1, 1)),
     Case("N = 0, channels-last", (0, 5, 4, 4), layout="channels_last"),
     # Memory layouts.
+    # On the first of DEVICES 17 lanes of a warp have a row more, behind a whole number of chains.
+    Case("channels-last, lanes with a row more", (1, 8, 1, 21553), BF16, layout="channels_last"),
     Case(
         "channels-last, many pixels a thread",
         (64, 8, 511, 513),
