@@ -1230,9 +1230,9 @@ __device__ Sums<A> block_sums(const Block<T>& b, const Unit<T, kLayout>& unit, i
   const int row = b.layout.partial_row, rows = b.layout.partial_rows;
   Sums<A> sums;
   // Adds entry `at` of rows first, first + step …
-  const auto add_rows = [&](unsigned at, int first, int step) {
+  const auto add_rows = [&](Sums<A>& to, unsigned at, int first, int step) {
 #pragma unroll 1
-    for (int r = first; r < rows; r += step) sums.add(partial[r * row + at]);
+    for (int r = first; r < rows; r += step) to.add(partial[r * row + at]);
   };
   if constexpr (!has_columns(kLayout)) {
     if (b.lane < rows) sums.add(partial[b.lane]);
@@ -1242,15 +1242,17 @@ __device__ Sums<A> block_sums(const Block<T>& b, const Unit<T, kLayout>& unit, i
     const unsigned first = unit.local * unsigned(b.call.HW), end = first + unsigned(b.call.HW);
 #pragma unroll 1
     for (unsigned c = first / kSize + unit.part; c * kSize < end; c += unit.parts)
-      add_rows(2 * c + (c * kSize < first), 0, 1);
+      add_rows(sums, 2 * c + (c * kSize < first), 0, 1);
   } else {  // they share the rows; each pixel has an entry
     const unsigned pixel = b.p.pixel.divisor * kSize, all = b.p.width.divisor * kSize;  // elements
 #pragma unroll 1
     for (unsigned j = 0; j < b.p.pixels; ++j) {
       const unsigned first = j * unsigned(b.call.C) + b.a.shift, in_row = first + unit.local;
       const unsigned periodic = in_row - (in_row < all ? 0 : all);
-      add_rows(pixel == all ? periodic : j * pixel + first % kSize + unit.local, unit.part,
-               unit.parts);
+      Sums<A> of_pixel;  // else there would be long chains of additions, see kChain
+      add_rows(of_pixel, pixel == all ? periodic : j * pixel + first % kSize + unit.local,
+               unit.part, unit.parts);
+      sums.add(of_pixel);
     }
   }
   return warp_sum(sums, unit.channels);
