@@ -55,7 +55,7 @@ def test_case(target, case, device_of_case):
 
 def pytest_generate_tests(metafunc):
     if "seed" in metafunc.fixturenames:
-        # and of those beyond, what failed once: a lane adding up 170 sums in one chain.
+        # Beyond those, what failed once: a lane added up 170 sums in one chain.
         seeds = {*range(1, metafunc.config.getoption("seeds") + 1), 5309}
         metafunc.parametrize("seed", sorted(seeds))
 
