@@ -74,8 +74,6 @@ FUSED_BATCH_NORM_CUDA = r"""
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <climits>
-#include <cstdio>
 #include <cstring>
 #include <numeric>
 #include <optional>

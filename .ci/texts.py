@@ -43,7 +43,8 @@ def fields_of_plan(cuda: str) -> list[tuple[str, int, str]]:
     """Of the CUDA text's struct Plan: name, place among its words, what the text says of it."""
     struct = re.search(r"struct Plan \{(.*?)\n\};", cuda, re.DOTALL)[1]
     fields, place = [], 0
-    for type_, names, why in re.findall(r"^ *(\w+) ([\w, ]+); *// (.*)$", struct, re.MULTILINE):
+    field = r"^ *(\w+) ([\w, ]+); *(?:// (.*))?$"  # one without a comment takes its place, too
+    for type_, names, why in re.findall(field, struct, re.MULTILINE):
         for name in names.split(", "):
             fields.append((name, place, why))
             place += 3 if type_ == "FastDivmod" else 1  # the divisor, and what replaces it

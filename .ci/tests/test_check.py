@@ -50,6 +50,14 @@ def test_plan(monkeypatch, capsys, target):
     assert f"{2 * 4 * 16 * 64 * 256 * 256:,}" in capsys.readouterr().out
 
 
+def test_a_field_of_the_plan_without_a_comment_takes_its_place():
+    struct = (
+        "struct Plan {\n  int a;\n  // The team.\n  FastDivmod b, c;  // two\n  int d;  // last\n};"
+    )
+    expected = [("a", 0, ""), ("b", 1, "two"), ("c", 4, "two"), ("d", 7, "last")]
+    assert check.fields_of_plan(struct) == expected
+
+
 @pytest.mark.emulated
 def test_without_arguments(monkeypatch, capsys, target):
     assert run(monkeypatch) == 0
