@@ -687,8 +687,8 @@ struct Group {
   const Arguments& a;
   const FusedBatchNormCall& call = a.call;
   const Plan& p = a.plan;
-  unsigned column = 0;  // kPixels: this thread's vector in a row,
-  int offset = 0;       // and its element 0, counted from the group's first (in its pixel)
+  unsigned column = 0;  // kPixels: this thread's vector in a row
+  int channel = 0;      // of its element 0 in the group; < 0: of the group before
   int split = kSize;    // kPackedPlanes: its elements from here on belong to the next channel
 
   const unsigned width = in_register(p.width.divisor);
@@ -732,13 +732,15 @@ struct Group {
     const unsigned in_row =
         has_columns(kLayout) ? thread - divide(thread, p.width) * p.width.divisor : 0;
     if constexpr (kLayout == kPackedPlanes) {
-      offset = in_row * kSize;
-      split = min(int(call.HW) - offset % int(call.HW), kSize);
+      const int HW = int(call.HW), offset = in_row * kSize;
+      channel = offset / HW;
+      split = min((channel + 1) * HW - offset, kSize);
     } else if constexpr (kLayout == kPixels) {
       const unsigned pixel = divide(in_row, p.pixel), in_pixel = in_row - pixel * p.pixel.divisor;
       const unsigned first = pixel * unsigned(call.C) + a.shift;  // element, of group 0
       column = first / kSize + in_pixel;
-      offset = int(in_pixel * kSize) - int(first % kSize);
+      channel = int(in_pixel * kSize) - int(first % kSize);
+      if (periodic()) channel = (channel + kSize * int(call.C)) % int(call.C);
     }
   }
 
@@ -764,8 +766,8 @@ struct Group {
     if constexpr (kLayout == kMaskedPlanes) return {uint64_t(g) * call.HW + a.shift, 0, kSize};
     Origin o = {g * p.group_stride + column, 0, kSize};
     if (kLayout == kPixels && !periodic()) {
-      o.begin = max(0, -offset);
-      o.end = min(kSize, min(p.channels, int(call.C) - g * p.channels) - offset);
+      o.begin = max(0, -channel);
+      o.end = min(kSize, min(p.channels, int(call.C) - g * p.channels) - channel);
     }
     return o;
   }
@@ -792,14 +794,11 @@ struct Group {
   // element of it counts.
   template <typename Use>
   __device__ void each_part(Use use) const {
-    const int C = int(call.C);
-    int channel = kLayout == kPackedPlanes ? offset / int(call.HW)
-                  : kLayout == kPixels     ? (periodic() ? (offset + kSize * C) % C : offset)
-                                           : 0;
+    int c = channel;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
-      use(i, min(unsigned(channel), unsigned(p.channels) - 1));
-      if (++channel == C && kLayout == kPixels && periodic()) channel = 0;
+      use(i, min(unsigned(c), unsigned(p.channels) - 1));
+      if (++c == int(call.C) && kLayout == kPixels && periodic()) c = 0;
     }
   }
 
@@ -1146,13 +1145,14 @@ template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type
 __device__ A choose_pivot(const Arguments& a, const Unit<T, kLayout>& unit, int channel) {
   constexpr int kOwn = kLayout == kPixels ? 2 : 1;  // of a run, a lane's: few lanes share a channel
   const FusedBatchNormCall& call = a.call;
+  channel = min(channel, int(call.C) - 1);  // a lane without a channel reads another one's
   const bool apart = call.HW < kRunElements;
   const int64_t plane_stride = kLayout == kPixels ? 1 : call.HW,
                 element_stride = kLayout == kPixels ? call.C : 1;
-  T sample[kOwn][kRuns] = {};
+  T sample[kOwn][kRuns];
 #pragma unroll
   for (int k = 0; k < kOwn; ++k) {
-    const int e = unit.part + k * unit.parts;
+    const int e = (unit.part + k * unit.parts) % kRunElements;
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
       const unsigned seed = apart ? r * kRunElements + e : r;
@@ -1160,9 +1160,8 @@ __device__ A choose_pivot(const Arguments& a, const Unit<T, kLayout>& unit, int 
       const uint64_t i =
           __umulhi(seed * 0x85ebca6bu, unsigned(call.HW) - (apart ? 0 : kRunElements - 1)) +
           (apart ? 0 : e);
-      if (channel < call.C && e < kRunElements)
-        sample[k][r] = static_cast<const T*>(
-            call.x)[n * a.image + channel * plane_stride + i * element_stride];
+      sample[k][r] =
+          static_cast<const T*>(call.x)[n * a.image + channel * plane_stride + i * element_stride];
     }
   }
   A sum = 0;
@@ -1173,7 +1172,7 @@ __device__ A choose_pivot(const Arguments& a, const Unit<T, kLayout>& unit, int 
       const A v = widen(sample[k][r]), next = widen(sample[k][(r + 1) % kRuns]);
       sum += max(min(v, next), min(max(v, next), widen(sample[k][(r + 2) % kRuns])));
     }
-  const A pivot = warp_sum(sum, unit.channels) / (kRuns * min(kOwn * unit.parts, kRunElements));
+  const A pivot = warp_sum(sum, unit.channels) / (kRuns * kOwn * unit.parts);
   return isfinite(pivot) ? widen(round_to<T>(pivot)) : A(0);
 }
 
@@ -1703,7 +1702,7 @@ struct Planner {
         (group.channels == 1 && groups * most_cluster < device.multiprocessors))
       for (const int64_t blocks : {slots / 2, slots})
         if (const int64_t team = std::min(blocks / groups, bytes / kHiddenBytes);
-            team > 1 && team <= 64)
+            team > 1 && team <= 64 && bytes <= team * kBlockBytes)
           if (const auto p = with_small_block(group, kGridTeam, team)) return p;
     // Blocks of a cluster, which are there at once too; in the largest one, as large as fits.
     for (int cluster = 2; cluster <= most_cluster && cluster <= slots; cluster *= 2)

@@ -171,11 +171,11 @@ MUTANTS = [
     ),
     (
         "a sample of the channel behind the last",
-        ("choose_pivot", "channel < call.C &&", ""),
+        ("choose_pivot", "min(channel, int(call.C) - 1)", "channel"),
     ),
     (
         "runs of twice as many elements",
-        ("choose_pivot", "&& e < kRunElements", "&& e < 2 * kRunElements"),
+        ("choose_pivot", "% kRunElements", "% (2 * kRunElements)"),
     ),
     (
         "the group before's pivot",
@@ -189,8 +189,8 @@ MUTANTS = [
         "pivots of channels outside the group",
         (
             "Group::each_part",
-            "min(unsigned(channel), unsigned(p.channels) - 1)",
-            "unsigned(channel)",
+            "min(unsigned(c), unsigned(p.channels) - 1)",
+            "unsigned(c)",
         ),
     ),
     (
@@ -234,7 +234,7 @@ MUTANTS = [
         "parts of pixels taken for pixel behind pixel",
         ("Group::periodic", "&& p.pixel.divisor == p.width.divisor", ""),
     ),
-    ("the channel before a group counts", ("Group::origin", "o.begin = max(0, -offset);", "")),
+    ("the channel before a group counts", ("Group::origin", "o.begin = max(0, -channel);", "")),
     (
         "channels behind C count",
         ("Group::origin", "min(p.channels, int(call.C) - g * p.channels)", "p.channels"),
@@ -256,11 +256,11 @@ MUTANTS = [
     ),
     (
         "channels of a row counted without end",
-        ("Group::each_part", "(offset + kSize * C) % C", "offset"),
+        ("Group", "(channel + kSize * int(call.C)) % int(call.C)", "channel"),
     ),
     (
         "a packed vector's split off by one",
-        ("Group", "offset % int(call.HW), kSize", "offset % int(call.HW) + 1, kSize"),
+        ("Group", "* HW - offset, kSize", "* HW - offset + 1, kSize"),
     ),
     (
         "no split: all elements are the first channel's",
