@@ -454,6 +454,10 @@ enum Layout {     // of a group of neighbouring channels, that a block works on
 
 // Where a thread's vectors are all at the same place of their rows.
 __host__ __device__ constexpr bool has_columns(Layout layout) { return layout >= kPackedPlanes; }
+// Rows of which a warp takes a whole number: lanes that are `width` apart have the same column.
+__host__ __device__ constexpr bool fits_warp(unsigned width) {
+  return width <= 32 && (width & (width - 1)) == 0;
+}
 
 // There are two kernels for a layout: `many` is for one block on a multiprocessor, with many rows
 // in registers; else several blocks share one. `lean`: on architectures for which the same code
@@ -505,6 +509,7 @@ struct Plan {
   unsigned row_stride;    // vectors of x from a row to the next
   unsigned group_stride;  // vectors of x from a group to the next
   FastDivmod pixel;       // kPixels: vectors that cover a pixel's part of a row
+                          // kPackedPlanes: elements of a plane
   int pixels;             // kPixels: pixels of a row
   // The team: blocks that share a group.
   TeamKind team_kind;  // 0 one block, 1 a cluster, 2 blocks of a cooperative launch
@@ -533,7 +538,7 @@ int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
 // What follows from a plan: how an exchange is cut, where things lie in a block's shared memory.
 struct SharedLayout {
-  int unit_channels, units;  // channels that an exchange warp takes; warps that share a group
+  int unit_bits, units;  // an exchange warp takes 1 << unit_bits channels; warps of a group
   // Of scratch: for each unit a line of L2 with the count of the blocks that have left their sums,
   // so that looking at it delays none that still write; then the slots.
   int64_t group_bytes;
@@ -544,14 +549,13 @@ struct SharedLayout {
   // accumulator_bytes: of one number; size: elements of a vector.
   SharedLayout(const Plan& p, int accumulator_bytes, int size) {
     const int slot_bytes = 2 * accumulator_bytes;
-    const bool by_warp = !has_columns(p.layout) || 32 % p.width.divisor == 0;
+    const bool by_warp = !has_columns(p.layout) || fits_warp(p.width.divisor);
     const int team = p.team.divisor;
     const int sets = p.lag + 1;
-    unit_channels = 1;
-    while (unit_channels < p.channels &&
-           (unit_channels < kUnitChannels || unit_channels * kUnits < p.channels * sets))
-      unit_channels *= 2;
-    units = ceil_div(p.channels, unit_channels);
+    const int least = std::max(kUnitChannels, ceil_div(p.channels * sets, kUnits));
+    unit_bits = 0;
+    while (1 << unit_bits < std::min(p.channels, least)) ++unit_bits;
+    units = ceil_div(p.channels, 1 << unit_bits);
     group_bytes =
         p.team_kind == kGridTeam && team > 1
             ? kLineBytes *
@@ -618,6 +622,13 @@ __device__ Sums<A> warp_sum(const Sums<A>& own, int lowest = 1) {
   return {warp_sum(own.s1, lowest), warp_sum(own.s2, lowest)};
 }
 
+// The set of exchange warps that a group is for (partial sums and results are there for as many),
+// and the parity of the group's phase of the set's two barriers.
+struct Turn {
+  int set;
+  unsigned parity;
+};
+
 // What all warps of a block know.
 template <typename T>
 struct Block {
@@ -638,23 +649,23 @@ struct Block {
   __device__ V* at(int offset) const {
     return reinterpret_cast<V*>(shared + offset);
   }
-  // Which set of exchange warps group i is for; results and partial sums are there for as many.
-  __device__ int set(int i) const { return i - divide(i, p.sets) * p.sets.divisor; }
   __device__ Vector<T>* places() const { return at<Vector<T>>(0); }
-  // Two barriers for each set, and the parity of the phase that is group i's.
-  __device__ Mbarrier* summed(int i) const { return gathered() + 1 + 2 * set(i); }
-  __device__ Mbarrier* ready(int i) const { return summed(i) + 1; }
-  __device__ unsigned parity(int i) const { return divide(i, p.sets) & 1; }
-  __device__ Mbarrier* gathered() const { return at<Mbarrier>(layout.barrier_at); }
-  __device__ Sums<A>* partial(int i) const {
-    return at<Sums<A>>(layout.partial_at) + set(i) * layout.partials;
+  __device__ Turn turn(int i) const {  // of group i
+    const unsigned phase = divide(i, p.sets);
+    return {i - int(phase * p.sets.divisor), phase & 1};
   }
-  __device__ Result<A>* result(int i) const {
-    return at<Result<A>>(layout.result_at) + set(i) * p.channels;
+  __device__ Mbarrier* summed(Turn t) const { return gathered() + 1 + 2 * t.set; }
+  __device__ Mbarrier* ready(Turn t) const { return summed(t) + 1; }
+  __device__ Mbarrier* gathered() const { return at<Mbarrier>(layout.barrier_at); }
+  __device__ Sums<A>* partial(Turn t) const {
+    return at<Sums<A>>(layout.partial_at) + t.set * layout.partials;
+  }
+  __device__ Result<A>* result(Turn t) const {
+    return at<Result<A>>(layout.result_at) + t.set * p.channels;
   }
   // Twice as many: a set leaves those of its next group but one, while its next group's are used.
-  __device__ A* pivot(int i) const {
-    return at<A>(layout.pivot_at) + (parity(i) * p.sets.divisor + set(i)) * p.channels;
+  __device__ A* pivot(Turn t) const {
+    return at<A>(layout.pivot_at) + (t.parity * p.sets.divisor + t.set) * p.channels;
   }
   __device__ int group(int i) const { return first_group + i * p.teams; }
 };
@@ -732,15 +743,16 @@ struct Group {
     const unsigned in_row =
         has_columns(kLayout) ? thread - divide(thread, p.width) * p.width.divisor : 0;
     if constexpr (kLayout == kPackedPlanes) {
-      const int HW = int(call.HW), offset = in_row * kSize;
-      channel = offset / HW;
-      split = min((channel + 1) * HW - offset, kSize);
+      const int offset = in_row * kSize;
+      channel = divide(offset, p.pixel);
+      split = min((channel + 1) * int(p.pixel.divisor) - offset, kSize);
     } else if constexpr (kLayout == kPixels) {
       const unsigned pixel = divide(in_row, p.pixel), in_pixel = in_row - pixel * p.pixel.divisor;
       const unsigned first = pixel * unsigned(call.C) + a.shift;  // element, of group 0
       column = first / kSize + in_pixel;
       channel = int(in_pixel * kSize) - int(first % kSize);
-      if (periodic()) channel = (channel + kSize * int(call.C)) % int(call.C);
+      if (periodic())
+        while (channel < 0 || channel >= call.C) channel += channel < 0 ? call.C : -call.C;
     }
   }
 
@@ -880,15 +892,15 @@ struct Group {
 // Worker warps: each thread loads, sums and stores vectors of its own
 // -------------------------------------------------------------------------------------------------
 
-// Leaves this thread's sums of group i for the exchange warps, instead of earlier ones or (`more`)
+// Leaves this thread's sums of a group for the exchange warps, instead of earlier ones or (`more`)
 // beside them.
 template <typename T, Layout kLayout>
-__device__ void leave(const Block<T>& b, const Group<T, kLayout>& group, unsigned thread, int i,
+__device__ void leave(const Block<T>& b, const Group<T, kLayout>& group, unsigned thread, Turn turn,
                       Sums<typename Accumulator<T>::type> (&sums)[Group<T, kLayout>::kSums],
                       bool more) {
   using A = typename Accumulator<T>::type;
   constexpr int kSize = Group<T, kLayout>::kSums;
-  Sums<A>* const partial = b.partial(i);
+  Sums<A>* const partial = b.partial(turn);
   const unsigned width = b.p.width.divisor;
   if constexpr (!has_columns(kLayout)) {
     Sums<A> all;
@@ -909,7 +921,7 @@ __device__ void leave(const Block<T>& b, const Group<T, kLayout>& group, unsigne
       partial[2 * thread + 1] = of[1];
     }
   } else {
-    const bool by_warp = 32 % width == 0;  // then lanes that are `width` apart have the same column
+    const bool by_warp = fits_warp(width);
 #pragma unroll 1
     for (unsigned bit = 16; by_warp && bit >= width; bit /= 2)
 #pragma unroll
@@ -1008,7 +1020,8 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
   // Σ d and Σ d² of group i, with d = x − pivot.
   const auto sum = [&](int i) {
     const auto origin = group.origin(b.group(i));
-    const A* const pivots = b.pivot(i);
+    const auto turn = b.turn(i);
+    const A* const pivots = b.pivot(turn);
     A pivot[G::kParts];
     group.each_part([&](int e, unsigned c) { pivot[e] = pivots[c]; });
     Sums<A> sums[G::kSums];
@@ -1039,12 +1052,13 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
         group.advance(ahead);
         cp_async_commit_group();
       }
-      leave(b, group, thread, i, sums, chain > 0);
+      leave(b, group, thread, turn, sums, chain > 0);
 #pragma unroll
       for (int e = 0; e < G::kSums; ++e) sums[e] = {};
       chain += kChain;
     } while (kLayout == kPixels && overflows && chain < p.rows - p.smem_rows + kRing);
-    mbarrier_arrive(b.summed(i));  // all lanes: each has read what may be overwritten behind this
+    mbarrier_arrive(
+        b.summed(turn));  // all lanes: each has read what may be overwritten behind this
   };
 
   // y of group i, and refills each place that it has stored with group `next`.
@@ -1052,8 +1066,9 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
     const auto origin = group.origin(b.group(i)), next_origin = group.origin(b.group(next));
     const bool refills = next < b.groups;
     Result<A> result[G::kParts];
-    mbarrier_wait(b.ready(i), b.parity(i));
-    const Result<A>* const results = b.result(i);
+    const auto turn = b.turn(i);
+    mbarrier_wait(b.ready(turn), turn.parity);
+    const Result<A>* const results = b.result(turn);
     group.each_part([&](int e, unsigned c) { result[e] = results[c]; });
     // Newest first: L2 still has those.
     Walk last = ring_walk(ring_rows - 1), behind = ring_walk(ring_rows - 1 - kRing);
@@ -1113,17 +1128,19 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
 // channel share what there is to add.
 template <typename T, Layout kLayout>
 struct Unit {
-  const int channels, set, index;  // set of warps that this one is in; unit in the group
-  const int part, parts;  // this lane's number among those of its channel; how many they are
-  const int local;        // its channel in the group
+  const int set, index;      // set of warps that this one is in; unit in the group
+  const int bits, channels;  // log2 of its channels, and they
+  const int part, parts;     // this lane's number among those of its channel; how many they are
+  const int local;           // its channel in the group
 
   __device__ explicit Unit(const Block<T>& b)
-      : channels(has_columns(kLayout) ? b.layout.unit_channels : 1),
-        set(has_columns(kLayout) ? b.warp / b.layout.units : b.warp),
-        index(has_columns(kLayout) ? b.warp % b.layout.units : 0),
-        part(unsigned(b.lane) / channels),
-        parts(32u / channels),
-        local(has_columns(kLayout) ? index * channels + b.lane % channels : 0) {}
+      : set(has_columns(kLayout) ? b.turn(b.warp).set : b.warp),
+        index(has_columns(kLayout) ? divide(b.warp, b.p.sets) : 0),
+        bits(has_columns(kLayout) ? b.layout.unit_bits : 0),
+        channels(1 << bits),
+        part(b.lane >> bits),
+        parts(32 >> bits),
+        local(index * channels + (b.lane & (channels - 1))) {}
 
   // Whether this lane does for its channel what one lane does.
   __device__ bool leads(const Block<T>& b) const { return local < b.p.channels && part == 0; }
@@ -1172,7 +1189,7 @@ __device__ A choose_pivot(const Arguments& a, const Unit<T, kLayout>& unit, int 
       const A v = widen(sample[k][r]), next = widen(sample[k][(r + 1) % kRuns]);
       sum += max(min(v, next), min(max(v, next), widen(sample[k][(r + 2) % kRuns])));
     }
-  const A pivot = warp_sum(sum, unit.channels) / (kRuns * kOwn * unit.parts);
+  const A pivot = warp_sum(sum, unit.channels) * unit.channels / (kRuns * kOwn * 32);
   return isfinite(pivot) ? widen(round_to<T>(pivot)) : A(0);
 }
 
@@ -1221,9 +1238,9 @@ struct Channel {
 
 // A channel's sums over the block.
 template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
-__device__ Sums<A> block_sums(const Block<T>& b, const Unit<T, kLayout>& unit, int i) {
+__device__ Sums<A> block_sums(const Block<T>& b, const Unit<T, kLayout>& unit, Turn turn) {
   constexpr int kSize = Vector<T>::kSize;
-  const Sums<A>* const partial = b.partial(i);
+  const Sums<A>* const partial = b.partial(turn);
   const int row = b.layout.partial_row, rows = b.layout.partial_rows;
   Sums<A> sums;
   // Adds entry `at` of rows first, first + step …
@@ -1325,7 +1342,7 @@ __device__ Sums<A> grid_sums(const Block<T>& b, const Unit<T, kLayout>& unit, in
   }
 #pragma unroll 1
   for (int c = b.rank; c < channels; c += team) {
-    if (c / unit.channels != unit.index) continue;
+    if (c >> unit.bits != unit.index) continue;
     const Sums<A> sums = warp_sum(gather(slots + c, team, channels, b.lane, 32));
     if (b.lane == 0) st_relaxed(&total[c], SumSlot<A>{sums.s1, -sums.s2});
   }
@@ -1337,7 +1354,7 @@ template <typename T, Layout kLayout>
 __device__ void set_pivots(const Block<T>& b, const Unit<T, kLayout>& unit, int i) {
   if (!b.call.training || i >= b.groups) return;
   const auto pivot = choose_pivot(b.a, unit, unit.channel(b, i));
-  if (unit.leads(b)) b.pivot(i)[unit.local] = pivot;
+  if (unit.leads(b)) b.pivot(b.turn(i))[unit.local] = pivot;
 }
 
 // Of this lane's channel in group i, if it is the one that needs it.
@@ -1370,22 +1387,23 @@ __device__ void exchange(const Block<T>& b, const Unit<T, kLayout>& unit, Channe
   set_pivots(b, unit, unit.set + sets);
 #pragma unroll 1
   for (int i = unit.set; i < b.groups; i += sets) {
+    const auto turn = b.turn(i);
     Moments moments;
     if (call.training) {
-      mbarrier_wait(b.summed(i), b.parity(i));
-      Sums<A> sums = block_sums(b, unit, i);
+      mbarrier_wait(b.summed(turn), turn.parity);
+      Sums<A> sums = block_sums(b, unit, turn);
       if (p.team_kind == kClusterTeam)
         sums = cluster_sums(b, unit, sums);
       else if (p.team.divisor > 1)
         sums = grid_sums(b, unit, i, sums);
-      moments = batch_moments(b.a, leads ? b.pivot(i)[unit.local] : A(0), sums.s1, sums.s2);
+      moments = batch_moments(b.a, leads ? b.pivot(turn)[unit.local] : A(0), sums.s1, sums.s2);
     } else {
       moments.mean = channel.running_mean.value(call.running_float);
       moments.var = channel.running_var.value(call.running_float);
     }
     const double inv_std = rsqrt(moments.var + call.eps);
-    if (leads) b.result(i)[unit.local] = channel.result(call, moments.mean, inv_std);
-    mbarrier_arrive(b.ready(i));
+    if (leads) b.result(turn)[unit.local] = channel.result(call, moments.mean, inv_std);
+    mbarrier_arrive(b.ready(turn));
     if (const int c = unit.channel(b, i); call.training && b.rank == 0 && leads && c < call.C)
       channel.save(b.a, c, moments, inv_std, factor);
     set_pivots(b, unit, i + 2 * sets);
@@ -1406,8 +1424,8 @@ __global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kMany, kLea
   if (threadIdx.x == 0) {
 #pragma unroll 1
     for (int i = 0; i < int(p.sets.divisor); ++i) {
-      mbarrier_init(b.summed(i), blockDim.x - 32 * p.exchange_warps);
-      mbarrier_init(b.ready(i), 32 * b.layout.units);
+      mbarrier_init(b.summed({i, 0}), blockDim.x - 32 * p.exchange_warps);
+      mbarrier_init(b.ready({i, 0}), 32 * b.layout.units);
     }
     mbarrier_init(b.gathered(), 1);
     fence_mbarrier_init();
@@ -1523,7 +1541,8 @@ std::optional<Plan> packed_planes(const FusedBatchNormCall& call, int size, bool
   p.channels = int(channels);
   p.groups = int(call.C / channels);
   p.vectors = unsigned(call.N * width);
-  p.width = p.pixel = fast_divmod(width);
+  p.width = fast_divmod(width);
+  p.pixel = fast_divmod(call.HW);
   p.row_stride = unsigned(call.C * call.HW / size);
   p.group_stride = unsigned(width);
   return p;
@@ -1581,7 +1600,7 @@ struct Planner {
   }
   // Threads are a multiple of this: whole warps, or whole rows, so that each stays in its column.
   int grain(const Plan& p) const {
-    return !has_columns(p.layout) || 32 % p.width.divisor == 0 ? 32 : p.width.divisor;
+    return !has_columns(p.layout) || fits_warp(p.width.divisor) ? 32 : p.width.divisor;
   }
   int block_threads(const Plan& p) const {
     return 32 * (p.exchange_warps + ceil_div(p.threads, 32));

@@ -183,7 +183,7 @@ MUTANTS = [
     ),
     (
         "pivots left in the place of the group before",
-        ("set_pivots", "b.pivot(i)", "b.pivot(max(i - int(b.p.sets.divisor), 0))"),
+        ("set_pivots", "b.turn(i)", "b.turn(max(i - int(b.p.sets.divisor), 0))"),
     ),
     (
         "pivots of channels outside the group",
@@ -256,11 +256,15 @@ MUTANTS = [
     ),
     (
         "channels of a row counted without end",
-        ("Group", "(channel + kSize * int(call.C)) % int(call.C)", "channel"),
+        ("Group", "if (periodic()) while", "if (false) while"),
     ),
     (
         "a packed vector's split off by one",
-        ("Group", "* HW - offset, kSize", "* HW - offset + 1, kSize"),
+        (
+            "Group",
+            "int(p.pixel.divisor) - offset, kSize",
+            "int(p.pixel.divisor) - offset + 1, kSize",
+        ),
     ),
     (
         "no split: all elements are the first channel's",
@@ -468,11 +472,11 @@ MUTANTS = [
     ),
     (
         "results read before they are there",
-        ("work::store", "mbarrier_wait(b.ready(i), b.parity(i));", ""),
+        ("work::store", "mbarrier_wait(b.ready(turn), turn.parity);", ""),
         (
             "work::store",
             "result[e] = results[c]; });",
-            "result[e] = results[c]; }); mbarrier_wait(b.ready(i), b.parity(i));",
+            "result[e] = results[c]; }); mbarrier_wait(b.ready(turn), turn.parity);",
         ),
     ),
     (
@@ -484,8 +488,8 @@ MUTANTS = [
         "one lane arrives before its warp has read and written",
         (
             "work::sum",
-            "mbarrier_arrive(b.summed(i));",
-            "if (b.lane == 0) mbarrier_arrive(b.summed(i));",
+            "mbarrier_arrive(b.summed(turn));",
+            "if (b.lane == 0) mbarrier_arrive(b.summed(turn));",
         ),
         (
             "fused_batch_norm_forward_kernel",
@@ -495,8 +499,8 @@ MUTANTS = [
     ),
     (
         "sums published behind the arrival",
-        ("work::sum", "mbarrier_arrive(b.summed(i));", ""),
-        ("work::sum", "int row = 0,", "mbarrier_arrive(b.summed(i)); int row = 0,"),
+        ("work::sum", "mbarrier_arrive(b.summed(turn));", ""),
+        ("work::sum", "int row = 0,", "mbarrier_arrive(b.summed(turn)); int row = 0,"),
     ),
     (
         "the next channel's elements taken for this one's",
@@ -524,13 +528,13 @@ MUTANTS = [
     ),
     (
         "parities as of one set of exchange warps",
-        ("Block::parity", "divide(i, p.sets) & 1", "i & 1"),
+        ("Block::turn", "phase & 1", "unsigned(i) & 1"),
     ),
-    ("sums and results share a barrier", ("Block::ready", "summed(i) + 1", "summed(i)")),
-    ("all sets of exchange warps share their barriers", ("Block::summed", "2 * set(i)", "0")),
+    ("sums and results share a barrier", ("Block::ready", "summed(t) + 1", "summed(t)")),
+    ("all sets of exchange warps share their barriers", ("Block::summed", "2 * t.set", "0")),
     (
         "pivots of two generations in one place",
-        ("Block::pivot", "parity(i) * p.sets.divisor + set(i)", "set(i)"),
+        ("Block::pivot", "t.parity * p.sets.divisor + t.set", "t.set"),
     ),
     (
         "results, sums and pivots of one set too few",
@@ -540,17 +544,17 @@ MUTANTS = [
         "partial sums read before they are there",
         (
             "exchange",
-            "mbarrier_wait(b.summed(i), b.parity(i)); Sums<A> sums = block_sums(b, unit, i);",
-            "Sums<A> sums = block_sums(b, unit, i); mbarrier_wait(b.summed(i), b.parity(i));",
+            "mbarrier_wait(b.summed(turn), turn.parity); Sums<A> sums = block_sums(b, unit, turn);",
+            "Sums<A> sums = block_sums(b, unit, turn); mbarrier_wait(b.summed(turn), turn.parity);",
         ),
     ),
     (
         "results written behind the arrival",
-        ("exchange", "mbarrier_arrive(b.ready(i));", ""),
+        ("exchange", "mbarrier_arrive(b.ready(turn));", ""),
         (
             "exchange",
-            "if (leads) b.result(i)[unit.local]",
-            "mbarrier_arrive(b.ready(i)); if (leads) b.result(i)[unit.local]",
+            "if (leads) b.result(turn)[unit.local]",
+            "mbarrier_arrive(b.ready(turn)); if (leads) b.result(turn)[unit.local]",
         ),
     ),
     ("all lanes of a channel write its result", ("Unit::leads", "&& part == 0", "")),
@@ -560,7 +564,7 @@ MUTANTS = [
     ),
     (
         "every unit takes the first channels",
-        ("Unit", "index * channels + b.lane % channels", "b.lane % channels"),
+        ("Unit", "index * channels + (b.lane & (channels - 1))", "b.lane & (channels - 1)"),
     ),
     # ---- the block's sums
     ("the last warp's sums left out", ("block_sums", "b.lane < rows", "b.lane < rows - 1")),
@@ -695,7 +699,7 @@ MUTANTS = [
     ),
     (
         "only the first unit's channels added up",
-        ("grid_sums", "c / unit.channels != unit.index", "c / unit.channels != 0"),
+        ("grid_sums", "c >> unit.bits != unit.index", "c >> unit.bits != 0"),
     ),
     (
         "only as many channels added up as there are blocks",
