@@ -187,26 +187,17 @@ __device__ void cp_async_wait_group() {
 #endif
 }
 
-__device__ uint4 ld_global_128(const void* from) {
-#if __CUDA_ARCH__ >= 800
+// Into registers.
+__device__ void ld_global_128(void* to, const void* global) {
   uint4 v;
+#if __CUDA_ARCH__ >= 800
   ASM("ld.global.L1::no_allocate.L2::cache_hint.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4], %5;" : "=r"(
           v.x),
-      "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from), "l"(kEvictLast));
-  return v;
+      "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(global), "l"(kEvictLast));
 #else
-  return *static_cast<const uint4*>(from);
+  v = *static_cast<const uint4*>(global);
 #endif
-}
-
-// In one instruction: the compiler would split a plain assignment.
-__device__ void st_global_128(void* to, uint4 v, bool streaming) {
-  if (streaming)
-    ASM("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
-        "r"(v.w) : "memory");
-  else
-    ASM("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
-        "r"(v.w) : "memory");
+  memcpy(to, &v, sizeof v);
 }
 
 // Relaxed accesses, each in one piece.
@@ -239,11 +230,6 @@ __device__ unsigned long long ld_relaxed(const unsigned long long* from) {
   unsigned long long v;
   ASM("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
   return v;
-}
-
-// Adds 1, which orders nothing else, and waits for nothing.
-__device__ void red_add_relaxed(void* word) {
-  ASM("red.relaxed.gpu.global.add.u64 [%0], 1;" ::"l"(word) : "memory");
 }
 
 __device__ void nanosleep() { __nanosleep(40); }
@@ -684,6 +670,8 @@ struct Walk {
   unsigned row, in_row;
 };
 
+enum Memory { kRegister, kShared };  // where a vector is loaded to
+
 template <typename T, Layout kLayout>
 struct Group {
   static constexpr int kSize = Vector<T>::kSize;
@@ -823,26 +811,16 @@ struct Group {
     return v;
   }
 
-  // Loads the vector where `w` is, if any of its elements counts.
-  __device__ void load(Vector<T>& v, const Origin& o, const Walk& w) const {
-    const Place at = place(o, w);
-    if (kMasked && at.begin >= at.end) return;
-    if (kMasked && at.vector >= a.whole) {
-      v = load_tail(at);
-    } else {
-      const uint4 raw = ld_global_128(x + at.vector);
-      memcpy(v.word, &raw, sizeof raw);
-    }
-  }
-
-  // The same into shared memory, some time later.
-  __device__ void load_async(Vector<T>& v, const Origin& o, const Walk& w) const {
+  // Loads the vector where `w` is, if any of its elements counts; into shared memory: later.
+  __device__ void load(Memory to, Vector<T>& v, const Origin& o, const Walk& w) const {
     const Place at = place(o, w);
     if (kMasked && at.begin >= at.end) return;
     if (kMasked && at.vector >= a.whole)
       v = load_tail(at);
-    else
+    else if (to == kShared)
       cp_async_16(&v, x + at.vector);
+    else
+      ld_global_128(&v, x + at.vector);
   }
 
   // Adds the vector where `w` is: s1 += x − pivot, s2 += (x − pivot)², element by element.
@@ -879,7 +857,10 @@ struct Group {
     const Vector<T> v_y = make_vector<T>(normal);
     Vector<T>* const to = y + at.vector;
     if (!kMasked || at.end - at.begin == kSize) {
-      st_global_128(to, *reinterpret_cast<const uint4*>(&v_y), streaming);
+      // By intrinsics, in one instruction: the compiler would split a plain assignment.
+      const uint4 raw = *reinterpret_cast<const uint4*>(&v_y);
+      uint4* const to_raw = reinterpret_cast<uint4*>(to);
+      streaming ? __stcs(to_raw, raw) : __stwb(to_raw, raw);
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i)
@@ -1006,13 +987,13 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
     Walk from = start_of_share;
 #pragma unroll 1
     for (int row = 0; kHasRing && i < b.groups && row < min(ring_rows, kRing); ++row)
-      group.load_async(ring(row), origin, ring_walk(row));
+      group.load(kShared, ring(row), origin, ring_walk(row));
     if (i < b.groups)
-      each_reg_row(from, [&](Vector<T>& v, const Walk& w) { group.load(v, origin, w); });
+      each_reg_row(from, [&](Vector<T>& v, const Walk& w) { group.load(kRegister, v, origin, w); });
     each_smem_row(
         i, from, [](int) {},
         [&](Vector<T>& v, const Walk& w) {
-          if (i < b.groups) group.load_async(v, origin, w);
+          if (i < b.groups) group.load(kShared, v, origin, w);
         },
         cp_async_commit_group);
   };
@@ -1048,7 +1029,7 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
         cp_async_wait_group<kRing - 1>();
         add(ring(row), at);
         group.advance(at);
-        if (row + kRing < ring_rows) group.load_async(ring(row), origin, ahead);
+        if (row + kRing < ring_rows) group.load(kShared, ring(row), origin, ahead);
         group.advance(ahead);
         cp_async_commit_group();
       }
@@ -1077,9 +1058,9 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
       cp_async_wait_group<kRing - 1>();
       group.store(ring(row), origin, last, result, overflows);
       if (row >= kRing)
-        group.load_async(ring(row), origin, behind);
+        group.load(kShared, ring(row), origin, behind);
       else if (refills)
-        group.load_async(ring(row), next_origin, last);
+        group.load(kShared, ring(row), next_origin, last);
       group.retreat(last);
       group.retreat(behind);
       cp_async_commit_group();
@@ -1087,13 +1068,13 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
     Walk to = start_of_share;
     each_reg_row(to, [&](Vector<T>& v, const Walk& w) {
       group.store(v, origin, w, result, overflows);
-      if (refills) group.load(v, next_origin, w);
+      if (refills) group.load(kRegister, v, next_origin, w);
     });
     each_smem_row(
         i, to, [](int) {},
         [&](Vector<T>& v, const Walk& w) {
           group.store(v, origin, w, result, overflows);
-          if (refills) group.load_async(v, next_origin, w);
+          if (refills) group.load(kShared, v, next_origin, w);
         },
         cp_async_commit_group);
   };
@@ -1334,7 +1315,7 @@ __device__ Sums<A> grid_sums(const Block<T>& b, const Unit<T, kLayout>& unit, in
     st_relaxed(&slots[b.rank * channels + unit.local], SumSlot<A>{own.s1, -own.s2});
   if (few) {
     // The count orders nothing: looking at all slots, again and again, would take L2's time.
-    if (b.lane == 0) red_add_relaxed(counter);
+    if (b.lane == 0) atomicAdd(counter, 1);  // relaxed
     while (b.lane == 0 && ld_relaxed(counter) < team) nanosleep();
     __syncwarp();
     return warp_sum(gather(slots + unit.local, exists ? team : 0, channels, unit.part, unit.parts),
@@ -1458,8 +1439,8 @@ __global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kMany, kLea
       barrier_cluster_wait();      // peers are there, with their mbarriers
     if (p.team_kind == kGridTeam)  // no scratch is zeroed any more, the counter has been read
       grid.barrier_wait(std::move(arrival));
-    if (call.training && call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0)
-      red_add_relaxed(call.num_batches_tracked);
+    auto* const batches = reinterpret_cast<unsigned long long*>(call.num_batches_tracked);
+    if (call.training && batches && blockIdx.x == 0 && threadIdx.x == 0) atomicAdd(batches, 1);
   };
   // What the first group's channels need takes long to come: it is sent for ahead of their sums.
   const auto prepare = [&] { return load_channel(b, unit, unit.set); };

@@ -216,7 +216,6 @@ MUTANTS = [
     (
         "reads past the end of x",
         ("Group::load", "kMasked && at.vector >= a.whole", "false"),
-        ("Group::load_async", "kMasked && at.vector >= a.whole", "false"),
     ),
     (
         "an x of less than a vector taken for one of many",
@@ -370,8 +369,8 @@ MUTANTS = [
         (
             "work::sum",
             "add(ring(row), at); group.advance(at); if (row + kRing < ring_rows) "
-            "group.load_async(ring(row), origin, ahead);",
-            "if (row + kRing < ring_rows) group.load_async(ring(row), origin, ahead); "
+            "group.load(kShared, ring(row), origin, ahead);",
+            "if (row + kRing < ring_rows) group.load(kShared, ring(row), origin, ahead); "
             "add(ring(row), at); group.advance(at);",
         ),
     ),
@@ -383,11 +382,11 @@ MUTANTS = [
     ),
     (
         "the ring comes back with the next group's rows",
-        ("work::store", "(ring(row), origin, behind", "(ring(row), next_origin, behind"),
+        ("work::store", "ring(row), origin, behind", "ring(row), next_origin, behind"),
     ),
     (
         "the ring filled again with the group that is there already",
-        ("work::store", "(ring(row), next_origin, last", "(ring(row), origin, last"),
+        ("work::store", "ring(row), next_origin, last", "ring(row), origin, last"),
     ),
     (
         "the ring filled behind the last group",
@@ -421,7 +420,11 @@ MUTANTS = [
     ),
     (
         "first groups loaded that are not there",
-        ("work::load", "if (i < b.groups) group.load_async(v,", "group.load_async(v,"),
+        (
+            "work::load",
+            "if (i < b.groups) group.load(kShared, v,",
+            "group.load(kShared, v,",
+        ),
     ),
     ("the first groups loaded last first", ("work", "load(i + stages - 1);", "load(-i);")),
     (
@@ -430,10 +433,10 @@ MUTANTS = [
             "work::store",
             (
                 "group.store(v, origin, w, result, overflows); "
-                "if (refills) group.load_async(v, next_origin, w);"
+                "if (refills) group.load(kShared, v, next_origin, w);"
             ),
             (
-                "if (refills) group.load_async(v, next_origin, w); "
+                "if (refills) group.load(kShared, v, next_origin, w); "
                 "group.store(v, origin, w, result, overflows);"
             ),
         ),
@@ -734,7 +737,7 @@ MUTANTS = [
     ("sums without a mark where s2 is 0", ("grid_sums", "-own.s2", "0 - own.s2")),
     (
         "no block counted",
-        ("grid_sums", "red_add_relaxed(counter);", ""),
+        ("grid_sums", "atomicAdd(counter, 1);", ""),
     ),
     (
         "one unit's count among the sums",
@@ -790,19 +793,15 @@ MUTANTS = [
         "the batch counted before all blocks have read the counter",
         (
             "fused_batch_norm_forward_kernel::meet",
-            (
-                "if (call.training && call.num_batches_tracked && blockIdx.x == 0 && "
-                "threadIdx.x == 0) red_add_relaxed(call.num_batches_tracked);"
-            ),
+            "if (call.training && batches && blockIdx.x == 0 && threadIdx.x == 0) "
+            "atomicAdd(batches, 1);",
             "",
         ),
         (
-            "fused_batch_norm_forward_kernel::meet",
-            "__syncwarp();",
-            (
-                "if (call.training && call.num_batches_tracked && blockIdx.x == 0 && "
-                "threadIdx.x == 0) red_add_relaxed(call.num_batches_tracked); __syncwarp();"
-            ),
+            "fused_batch_norm_forward_kernel",
+            "const auto prepare =",
+            "if (call.training && call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) "
+            "++*call.num_batches_tracked; const auto prepare =",
         ),
     ),
     # ---- the layout of shared memory

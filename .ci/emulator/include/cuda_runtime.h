@@ -47,6 +47,10 @@ __forceinline__ float __uint_as_float(unsigned bits) {
 }
 __forceinline__ unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
 
+__forceinline__ void __stcs(uint4* to, uint4 value) { emulator::store_aligned(to, &value, sizeof value); }
+__forceinline__ void __stwb(uint4* to, uint4 value) { emulator::store_aligned(to, &value, sizeof value); }
+__forceinline__ void atomicAdd(unsigned long long* to, unsigned long long value) { emulator::add_atomic(to, value); }
+
 __forceinline__ void __syncthreads() { emulator::sync_block(); }
 __forceinline__ void __syncwarp(unsigned mask = ~0u) { emulator::sync_warp(mask); }
 

@@ -27,6 +27,4 @@ template <typename V> __forceinline__ V ld_relaxed(const V* address) {
 template <typename A> __forceinline__ void st_relaxed(SumSlot<A>* address, SumSlot<A> slot) {
   emulator::store_atomic(address, &slot, sizeof slot);
 }
-__forceinline__ void red_add_relaxed(void* word) { emulator::add_atomic(static_cast<unsigned long long*>(word), 1); }
-__forceinline__ uint4 ld_global_128(const void* address) { return *static_cast<const uint4*>(address); }
-__forceinline__ void st_global_128(void* address, uint4 raw, bool) { emulator::store_aligned(address, &raw, sizeof raw); }
+__forceinline__ void ld_global_128(void* to, const void* global) { *static_cast<uint4*>(to) = *static_cast<const uint4*>(global); }
