@@ -172,6 +172,13 @@ __device__ void cp_async_16(void* shared, const void* global) {
 #endif
 }
 
+// 16 bytes, and the line that they are in, into L2.
+__device__ void prefetch_global_L2(const void* global) {
+#if __CUDA_ARCH__ >= 800
+  ASM("prefetch.global.L2::evict_last [%0];" ::"l"(global) : "memory");
+#endif
+}
+
 // Makes a group of this thread's cp_async_16 since the last one.
 __device__ void cp_async_commit_group() {
 #if __CUDA_ARCH__ >= 800
@@ -670,7 +677,7 @@ struct Walk {
   unsigned row, in_row;
 };
 
-enum Memory { kRegister, kShared };  // where a vector is loaded to
+enum Memory { kRegister, kShared, kL2 };  // where a vector is loaded to
 
 template <typename T, Layout kLayout>
 struct Group {
@@ -811,11 +818,13 @@ struct Group {
     return v;
   }
 
-  // Loads the vector where `w` is, if any of its elements counts; into shared memory: later.
+  // Loads the vector where `w` is, if any of its elements counts; later, unless into registers.
   __device__ void load(Memory to, Vector<T>& v, const Origin& o, const Walk& w) const {
     const Place at = place(o, w);
     if (kMasked && at.begin >= at.end) return;
-    if (kMasked && at.vector >= a.whole)
+    if (to == kL2)
+      prefetch_global_L2(x + at.vector);
+    else if (kMasked && at.vector >= a.whole)
       v = load_tail(at);
     else if (to == kShared)
       cp_async_16(&v, x + at.vector);
@@ -1042,6 +1051,19 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
         b.summed(turn));  // all lanes: each has read what may be overwritten behind this
   };
 
+  // Asks L2 for the first rows of group i, where memory would rest while another is exchanged.
+  const auto prefetch = [&](int i) {
+    if (i >= b.groups || p.stages.divisor > 1 || overflows) return;
+    const auto origin = group.origin(b.group(i));
+    Walk from = start_of_share;
+    int left = p.rows / (kLayout == kPixels ? 2 : 4);  // more would drive out what is there
+    const auto ask = [&](Vector<T>& v, const Walk& w) {
+      if (left-- > 0) group.load(kL2, v, origin, w);
+    };
+    each_reg_row(from, ask);
+    each_smem_row(i, from, [](int) {}, ask, [] {});
+  };
+
   // y of group i, and refills each place that it has stored with group `next`.
   const auto store = [&](int i, int next) {
     const auto origin = group.origin(b.group(i)), next_origin = group.origin(b.group(next));
@@ -1091,7 +1113,10 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
     const int ahead = i + p.lag;
     if (works && i <= 0) load(i + stages - 1);
     if (i == -p.lag) __syncthreads();  // the barriers and the first pivots are there
-    if (works && b.call.training && ahead >= 0 && ahead < b.groups) sum(ahead);
+    if (works && b.call.training && ahead >= 0 && ahead < b.groups) {
+      sum(ahead);
+      if constexpr (kMany || kLayout == kPixels) prefetch(ahead + stages);
+    }
     if (i == -p.lag) {
       const auto prepared = works ? decltype(prepare())() : prepare();
       meet();
