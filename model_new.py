@@ -1331,7 +1331,7 @@ template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type
 __device__ Sums<A> grid_sums(const Block<T>& b, const Unit<T, kLayout>& unit, int i,
                              const Sums<A>& own) {
   const int team = b.p.team.divisor, channels = has_columns(kLayout) ? b.p.channels : 1;
-  const bool exists = unit.local < channels, few = team <= 2 * kSlots * unit.parts;
+  const bool exists = unit.local < channels, few = team <= 4 * kSlots * unit.parts;
   unsigned char* const group = b.a.scratch + b.group(i) * b.layout.group_bytes;
   auto* const counter = reinterpret_cast<unsigned long long*>(group + unit.index * kLineBytes);
   auto* const slots = reinterpret_cast<SumSlot<A>*>(group + b.layout.units * kLineBytes);
