@@ -17,7 +17,8 @@ team of blocks keeps a group of channels on the chip from the sums to the store.
 
 Each thread owns vectors of its block's share, in places of its own: the first rows in registers,
 the next in shared memory. Where there are more, the last ones go through a ring of places, and are
-read again for the store. Places are private, so no barrier guards them.
+read again for the store. Places are private, so no barrier guards them. Where one group alone is
+under way, L2 is asked for part of the next before the exchange.
 A group is one channel; or the few whose odd planes are whole vectors together; or, channels-last,
 neighbouring channels, each element of a vector another one. make_plan() in the CUDA text chooses
 the group, the team, and how many rows and groups under way a block has, from shape and device.
