@@ -1048,8 +1048,7 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
       for (int e = 0; e < G::kSums; ++e) sums[e] = {};
       chain += kChain;
     } while (kLayout == kPixels && overflows && chain < p.rows - p.smem_rows + kRing);
-    mbarrier_arrive(
-        b.summed(turn));  // all lanes: each has read what may be overwritten behind this
+    mbarrier_arrive(b.summed(turn));  // all lanes: what each has read may be overwritten now
   };
 
   // Asks L2 for the first rows of group i, where memory would rest while another is exchanged.

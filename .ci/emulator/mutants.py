@@ -419,6 +419,10 @@ MUTANTS = [
         ("work::store", "refills = next < b.groups", "refills = true"),
     ),
     (
+        "L2 asked for what is behind x",
+        ("Group::load", "prefetch_global_L2(x + at.vector)", "prefetch_global_L2(x + a.whole + 1)"),
+    ),
+    (
         "first groups loaded that are not there",
         (
             "work::load",
