@@ -404,15 +404,11 @@ struct Result {  // y = (x − mean)·scale + shift
 template <typename T>
 struct Parameter {
   using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+  using OwnBits = std::conditional_t<sizeof(T) == 2, uint16_t, Bits>;
   Bits bits = 0;
 
   __device__ void load(const void* p, int64_t i, bool is_float) {
-    if (is_float)
-      bits = static_cast<const uint32_t*>(p)[i];
-    else if constexpr (sizeof(T) == 2)
-      bits = static_cast<const uint16_t*>(p)[i];
-    else
-      bits = static_cast<const Bits*>(p)[i];
+    bits = is_float ? static_cast<const uint32_t*>(p)[i] : static_cast<const OwnBits*>(p)[i];
   }
 
   __device__ typename Accumulator<T>::type value(bool is_float) const {
@@ -529,6 +525,9 @@ struct Plan {
 };
 
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
+
+// Threads of a block, whole warps.
+int block_threads(const Plan& p) { return 32 * (p.exchange_warps + ceil_div(p.threads, 32)); }
 
 // What follows from a plan: how an exchange is cut, where things lie in a block's shared memory.
 struct SharedLayout {
@@ -683,8 +682,8 @@ enum Memory { kRegister, kShared, kL2 };  // where a vector is loaded to
 template <typename T, Layout kLayout>
 struct Group {
   static constexpr int kSize = Vector<T>::kSize;
-  static constexpr bool kMasked =
-      kLayout == kMaskedPlanes || kLayout == kPixels;  // not all elements may count
+  // Not all elements of a vector may count.
+  static constexpr bool kMasked = kLayout == kMaskedPlanes || kLayout == kPixels;
   static constexpr int kParts = kLayout == kPixels         ? kSize
                                 : kLayout == kPackedPlanes ? 2
                                                            : 1;  // channels of a vector
@@ -784,8 +783,7 @@ struct Group {
   __device__ Place place(const Origin& o, const Walk& w) const {
     if constexpr (kLayout == kMaskedPlanes) {
       const uint64_t first = w.row * a.image + o.at;
-      const int behind = int(first % kSize),
-                to_last = int(w.in_row - width) + 2;  // vectors
+      const int behind = int(first % kSize), to_last = int(w.in_row - width) + 2;  // vectors
       const int end = to_last < 0 ? kSize : min(a.tail + behind - to_last * kSize, kSize);
       return {unsigned(first / kSize) + w.in_row, w.in_row == 0 ? behind : 0, end};
     }
@@ -1257,8 +1255,7 @@ __device__ Sums<A> block_sums(const Block<T>& b, const Unit<T, kLayout>& unit, T
   if constexpr (!has_columns(kLayout)) {
     if (b.lane < rows) sums.add(partial[b.lane]);
   } else if (unit.local >= b.p.channels) {
-  } else if constexpr (kLayout ==
-                       kPackedPlanes) {  // lanes share the columns of the channel's plane
+  } else if constexpr (kLayout == kPackedPlanes) {  // lanes share the columns of its plane
     const unsigned first = unit.local * unsigned(b.call.HW), end = first + unsigned(b.call.HW);
 #pragma unroll 1
     for (unsigned c = first / kSize + unit.part; c * kSize < end; c += unit.parts)
@@ -1477,9 +1474,9 @@ __global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kMany, kLea
 // The plan: shape and device in, launch configuration out
 // -------------------------------------------------------------------------------------------------
 struct Device {
-  int multiprocessors, shared_bytes,
-      reserved_bytes;  // of shared memory, a block's; its cost besides
-  int architecture;    // what the kernel was compiled for: 10·major + minor
+  int multiprocessors;
+  int shared_bytes, reserved_bytes;  // of a block: at most, and what each costs besides
+  int architecture;                  // what the kernel was compiled for: 10·major + minor
   cudaError_t error;
 
   Device() {
@@ -1593,6 +1590,8 @@ struct Planner {
            32 * p.exchange_warps;
   }
   int64_t blocks(const Plan& p) const { return int64_t(p.teams) * p.team.divisor; }
+  // Bytes of a block of which so many fit on a multiprocessor.
+  int64_t room(int blocks) const { return multiprocessor_bytes / blocks - device.reserved_bytes; }
   // Blocks that a multiprocessor has room for, at least; and all of them.
   int resident(const Plan& p) const {
     return int(
@@ -1607,9 +1606,6 @@ struct Planner {
   // Threads are a multiple of this: whole warps, or whole rows, so that each stays in its column.
   int grain(const Plan& p) const {
     return !has_columns(p.layout) || fits_warp(p.width.divisor) ? 32 : p.width.divisor;
-  }
-  int block_threads(const Plan& p) const {
-    return 32 * (p.exchange_warps + ceil_div(p.threads, 32));
   }
 
   // The plan with a team of so many blocks, of which so many fit on a multiprocessor.
@@ -1644,9 +1640,9 @@ struct Planner {
     p.reg_rows = stages == 1 ? std::min(p.rows, register_rows(p.layout, size, many, lean)) : 0;
     p.smem_rows = 0;
     const int rows = p.rows - p.reg_rows;
-    const int64_t room = multiprocessor_bytes / blocks - device.reserved_bytes - layout(p).bytes;
-    p.smem_rows = int(std::min<int64_t>(rows, room / (int64_t(stages) * threads * kVectorBytes)));
-    if (room < 0 || p.smem_rows < (rereads ? std::min(rows, kRing) : rows)) return {};
+    const int64_t left = room(blocks) - layout(p).bytes;
+    p.smem_rows = int(std::min<int64_t>(rows, left / (int64_t(stages) * threads * kVectorBytes)));
+    if (left < 0 || p.smem_rows < (rereads ? std::min(rows, kRing) : rows)) return {};
     p.shared_bytes = layout(p).bytes;
     p.stagger = fast_divmod(std::max(device.multiprocessors / team, 1));
     return p;
@@ -1674,10 +1670,8 @@ struct Planner {
     const int turns = resident(p);
     // No block more at once than turns, else those that come later would start out of turn.
     if (blocks(p) > at_once(p))
-      p.shared_bytes = int(std::max<int64_t>(
-          p.shared_bytes,
-          std::min<int64_t>(multiprocessor_bytes / 2 - device.reserved_bytes,
-                            multiprocessor_bytes / (turns + 1) - device.reserved_bytes + 16)));
+      p.shared_bytes =
+          int(std::max<int64_t>(p.shared_bytes, std::min(room(2), room(turns + 1) + 16)));
     if (blocks(p) * block_bytes / (kBytesPerCycle * device.multiprocessors) < kStaggerCycles)
       return p;
     p.stagger_turns = turns;
@@ -1701,12 +1695,6 @@ struct Planner {
       if (const auto p = with_rows(group, kind, team, 1, 0, 2, rows))
         if (blocks(*p) <= at_once(*p)) return p;
     return with_rows(group, kind, team, 1, 0, 2, kSmallRows);
-  }
-
-  // Groups so small that a block takes one alone.
-  std::optional<Plan> one_block(const Plan& group, int rows) const {
-    if (int64_t(group.vectors) * kVectorBytes > kAloneBytes || counts_batches()) return {};
-    return with_rows(group, kBlockTeam, 1, 1, 0, 2, rows);
   }
 
   // One group a block or a team, all of it on the chip, several blocks on a multiprocessor.
@@ -1794,7 +1782,8 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size,
     const int line = kLineBytes * size / kVectorBytes;  // channels of a line of L2
     const Plan narrow = pixels(call, size, line);
     if (!call.training) return *planner.eval(narrow);
-    if (const auto p = planner.one_block(narrow, kPixelRows)) return *p;
+    if (int64_t(narrow.vectors) * kVectorBytes <= kAloneBytes && !planner.counts_batches())
+      if (const auto p = planner.with_rows(narrow, kBlockTeam, 1, 1, 0, 2, kPixelRows)) return *p;
     for (const int channels : {line, 2 * line})
       if (const auto p = planner.middle(pixels(call, size, channels), {{2, 1}, {1, 0}})) return *p;
     for (int channels = 2 * line;; channels /= 2)
@@ -1818,8 +1807,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size,
 template <typename T, typename Use>
 const char* with_kernel(const FusedBatchNormCall& call, Use use) {
   constexpr int kSize = Vector<T>::kSize;
-  constexpr bool kDouble =
-      sizeof(T) == 8;  // fewer kernels to compile: masks are right for all planes
+  constexpr bool kDouble = sizeof(T) == 8;  // fewer kernels: masks are right for all planes
   const Device device;
   if (device.error) return cudaGetErrorString(device.error);
   const bool masked =
@@ -1881,8 +1869,7 @@ extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call,
     const size_t scratch_bytes = size_t(plan.groups) * arguments.layout.group_bytes;
     if (scratch_bytes > 0)
       arguments.scratch = static_cast<unsigned char*>(allocate(scratch_bytes, context));
-    constexpr int kUnasked =
-        48 * 1024;  // bytes of shared memory that a block gets without being asked for
+    constexpr int kUnasked = 48 * 1024;  // bytes that a block gets without being asked for
     cudaError_t error = cudaSuccess;
     if (plan.shared_bytes > kUnasked)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -1896,7 +1883,7 @@ extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call,
     attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(plan.team.divisor * plan.teams);
-    config.blockDim = dim3(32 * (plan.exchange_warps + ceil_div(plan.threads, 32)));
+    config.blockDim = dim3(block_threads(plan));
     config.dynamicSmemBytes = plan.shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;

@@ -848,7 +848,7 @@ MUTANTS = [
     ),
     (
         "only whole warps of threads",
-        ("fused_batch_norm_launch", "ceil_div(plan.threads, 32)", "std::max(plan.threads / 32, 1)"),
+        ("block_threads", "ceil_div(p.threads, 32)", "std::max(p.threads / 32, 1)"),
     ),
     (
         "more teams than fit at once",
@@ -860,15 +860,11 @@ MUTANTS = [
     ),
     (
         "blocks larger than their share of a multiprocessor",
-        ("Planner::with_threads", "multiprocessor_bytes / blocks -", "multiprocessor_bytes -"),
+        ("Planner::room", "multiprocessor_bytes / blocks", "multiprocessor_bytes"),
     ),
     (
         "rows in shared memory that is taken",
-        (
-            "Planner::with_threads",
-            "- device.reserved_bytes - layout(p).bytes",
-            "- device.reserved_bytes",
-        ),
+        ("Planner::with_threads", "room(blocks) - layout(p).bytes", "room(blocks)"),
     ),
     (
         "teams larger than all multiprocessors have room for",
