@@ -526,6 +526,9 @@ struct Plan {
 
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
+// Of a group of x.
+int64_t x_bytes(const Plan& p) { return int64_t(p.vectors) * kVectorBytes; }
+
 // Threads of a block, whole warps.
 int block_threads(const Plan& p) { return 32 * (p.exchange_warps + ceil_div(p.threads, 32)); }
 
@@ -1681,7 +1684,7 @@ struct Planner {
 
   // No block waits for another.
   std::optional<Plan> eval(const Plan& group) const {
-    const int64_t bytes = int64_t(group.vectors) * kVectorBytes;
+    const int64_t bytes = x_bytes(group);
     for (int64_t block = std::min(kEvalBytes, multiprocessor_bytes / 4); block > 0; block /= 2)
       if (const auto p = with_rows(group, kBlockTeam, std::max(ceil_div(bytes, block), 1), 1, 0, 2,
                                    kSmallRows))
@@ -1700,7 +1703,7 @@ struct Planner {
   // One group a block or a team, all of it on the chip, several blocks on a multiprocessor.
   std::optional<Plan> small(const Plan& group) const {
     const int most_cluster = device.architecture >= 90 ? kMaxCluster : 1;
-    const int64_t bytes = int64_t(group.vectors) * kVectorBytes, slots = 2 * device.multiprocessors,
+    const int64_t bytes = x_bytes(group), slots = 2 * device.multiprocessors,
                   groups = std::max(group.groups, 1);
     if (counts_batches()) return {};
     // One block, where groups are small, or so many that each multiprocessor has three; without
@@ -1782,7 +1785,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size,
     const int line = kLineBytes * size / kVectorBytes;  // channels of a line of L2
     const Plan narrow = pixels(call, size, line);
     if (!call.training) return *planner.eval(narrow);
-    if (int64_t(narrow.vectors) * kVectorBytes <= kAloneBytes && !planner.counts_batches())
+    if (x_bytes(narrow) <= kAloneBytes && !planner.counts_batches())
       if (const auto p = planner.with_rows(narrow, kBlockTeam, 1, 1, 0, 2, kPixelRows)) return *p;
     for (const int channels : {line, 2 * line})
       if (const auto p = planner.middle(pixels(call, size, channels), {{2, 1}, {1, 0}})) return *p;
