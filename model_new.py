@@ -133,7 +133,7 @@ __device__ bool mbarrier_test_wait(Mbarrier* b, unsigned parity) {
   unsigned complete;
   ASM("{ .reg .pred p;"
 #if __CUDA_ARCH__ >= 900  // may sleep a while
-      "  mbarrier.try_wait.parity.shared.b64 p, [%1], %2;"
+      "  mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;"
 #else
       "  mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
 #endif
@@ -240,8 +240,6 @@ __device__ unsigned long long ld_relaxed(const unsigned long long* from) {
   return v;
 }
 
-__device__ void nanosleep() { __nanosleep(40); }
-
 // Sleeps for so many clock cycles, about.
 __device__ void nanosleep_cycles(int64_t cycles) {
   const int64_t start = clock64();
@@ -257,16 +255,6 @@ __device__ void mbarrier_arrive_expect_tx(Mbarrier* b, unsigned bytes) {
   ASM("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(
           shared_address(b)),
       "r"(bytes) : "memory");
-}
-
-// mbarrier_wait where other blocks of the cluster have sent what it waits for.
-__device__ void mbarrier_wait_cluster(Mbarrier* b, unsigned parity) {
-  unsigned complete;
-  do {
-    ASM("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;"
-        "  selp.u32 %0, 1, 0, p; }" : "=r"(complete) : "r"(shared_address(b)),
-        "r"(parity) : "memory");
-  } while (!complete);
 }
 
 // The barrier of all threads of a cluster, in two halves. Relaxed: an execution barrier only; a
@@ -302,7 +290,6 @@ __device__ void st_async(SumSlot<A>* shared, int rank, SumSlot<A> slot, Mbarrier
 #else  // no plan asks for clusters
 __device__ void fence_mbarrier_init() {}
 __device__ void mbarrier_arrive_expect_tx(Mbarrier*, unsigned) { __trap(); }
-__device__ void mbarrier_wait_cluster(Mbarrier*, unsigned) { __trap(); }
 __device__ void barrier_cluster_arrive() { __trap(); }
 __device__ void barrier_cluster_wait() { __trap(); }
 template <typename A>
@@ -399,26 +386,11 @@ struct Result {  // y = (x − mean)·scale + shift
   A mean, scale, shift;
 };
 
-// A parameter or an element of a running buffer: float, or of x's own type. As it lies in memory: a
-// conversion behind the load would wait for it.
+// A parameter or an element of a running buffer: float, or of x's own type.
 template <typename T>
-struct Parameter {
-  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
-  using OwnBits = std::conditional_t<sizeof(T) == 2, uint16_t, Bits>;
-  Bits bits = 0;
-
-  __device__ void load(const void* p, int64_t i, bool is_float) {
-    bits = is_float ? static_cast<const uint32_t*>(p)[i] : static_cast<const OwnBits*>(p)[i];
-  }
-
-  __device__ typename Accumulator<T>::type value(bool is_float) const {
-    float single;
-    T own;
-    memcpy(&single, &bits, sizeof single);
-    memcpy(&own, &bits, sizeof own);
-    return is_float ? single : widen(own);
-  }
-};
+__device__ typename Accumulator<T>::type load_parameter(const void* p, int64_t i, bool is_float) {
+  return is_float ? static_cast<const float*>(p)[i] : widen(static_cast<const T*>(p)[i]);
+}
 
 template <typename T>
 __device__ void store_parameter(void* p, int64_t i, bool is_float, double v) {
@@ -540,7 +512,7 @@ struct SharedLayout {
   int64_t group_bytes;
   int partial_row, partial_rows, partials;  // partial sums of a row; rows; their product
   // Offsets; the places are at 0.
-  int message_at, result_at, barrier_at, partial_at, pivot_at, bytes;
+  int message_at, result_at, barrier_at, factor_at, partial_at, pivot_at, bytes;
 
   // accumulator_bytes: of one number; size: elements of a vector.
   SharedLayout(const Plan& p, int accumulator_bytes, int size) {
@@ -567,7 +539,8 @@ struct SharedLayout {
         message_at +
         (p.team_kind == kClusterTeam ? ceil_div(p.channels * team * slot_bytes, 16) * 16 : 0);
     barrier_at = result_at + ceil_div(3 * sets * p.channels * accumulator_bytes, 16) * 16;
-    partial_at = barrier_at + (2 * sets + 2) * int(sizeof(Mbarrier));
+    factor_at = barrier_at + (2 * sets + 1) * int(sizeof(Mbarrier));
+    partial_at = factor_at + int(sizeof(double));
     pivot_at = partial_at + 2 * sets * partials * accumulator_bytes;
     bytes = pivot_at + 2 * sets * p.channels * accumulator_bytes;
   }
@@ -653,6 +626,8 @@ struct Block {
   __device__ Mbarrier* summed(Turn t) const { return gathered() + 1 + 2 * t.set; }
   __device__ Mbarrier* ready(Turn t) const { return summed(t) + 1; }
   __device__ Mbarrier* gathered() const { return at<Mbarrier>(layout.barrier_at); }
+  // Of the new value in the running buffers.
+  __device__ double* factor() const { return at<double>(layout.factor_at); }
   __device__ Sums<A>* partial(Turn t) const {
     return at<Sums<A>>(layout.partial_at) + t.set * layout.partials;
   }
@@ -722,18 +697,6 @@ struct Group {
         w.in_row -= width;
         w.row += row_stride;
       }
-    }
-  }
-
-  // Goes back to the one before.
-  __device__ void retreat(Walk& w) const {
-    w.row -= step_row;
-    if constexpr (!has_columns(kLayout)) {
-      if (w.in_row < step_in_row) {
-        w.in_row += width;
-        w.row -= row_stride;
-      }
-      w.in_row -= step_in_row;
     }
   }
 
@@ -934,9 +897,10 @@ __device__ void leave(const Block<T>& b, const Group<T, kLayout>& group, unsigne
 // in shared memory. If there are more rows than places, the last ones take turns in kRing of the
 // places: forth for the sums, and back for the store, read again. Places are private: no barrier
 // guards them.
-template <typename T, Layout kLayout, bool kMany, typename Prepare, typename Meet,
+template <typename T, Layout kLayout, bool kMany, typename Begin, typename Prepare, typename Meet,
           typename Exchange>
-__device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exchange) {
+__device__ void work(const Block<T>& b, Begin begin, Prepare prepare, Meet meet,
+                     Exchange exchange) {
   using G = Group<T, kLayout>;
   using A = typename G::A;
   constexpr int kRegRows = register_rows(kLayout, G::kSize, kMany, kLean);
@@ -1075,17 +1039,15 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
     const Result<A>* const results = b.result(turn);
     group.each_part([&](int e, unsigned c) { result[e] = results[c]; });
     // Newest first: L2 still has those.
-    Walk last = ring_walk(ring_rows - 1), behind = ring_walk(ring_rows - 1 - kRing);
 #pragma unroll 1
     for (int row = ring_rows - 1; kHasRing && row >= 0; --row) {
       cp_async_wait_group<kRing - 1>();
-      group.store(ring(row), origin, last, result, overflows);
+      const Walk here = ring_walk(row);
+      group.store(ring(row), origin, here, result, overflows);
       if (row >= kRing)
-        group.load(kShared, ring(row), origin, behind);
+        group.load(kShared, ring(row), origin, ring_walk(row - kRing));
       else if (refills)
-        group.load(kShared, ring(row), next_origin, last);
-      group.retreat(last);
-      group.retreat(behind);
+        group.load(kShared, ring(row), next_origin, here);
       cp_async_commit_group();
     }
     Walk to = start_of_share;
@@ -1113,7 +1075,7 @@ __device__ void work(const Block<T>& b, Prepare prepare, Meet meet, Exchange exc
   for (int i = 1 - stages; i < max(b.groups, 1); ++i) {
     const int ahead = i + p.lag;
     if (works && i <= 0) load(i + stages - 1);
-    if (i == -p.lag) __syncthreads();  // the barriers and the first pivots are there
+    if (i == -p.lag) begin();
     if (works && b.call.training && ahead >= 0 && ahead < b.groups) {
       sum(ahead);
       if constexpr (kMany || kLayout == kPixels) prefetch(ahead + stages);
@@ -1165,40 +1127,45 @@ struct Unit {
 // All lanes of the warp must call.
 constexpr int kRuns = 4, kRunElements = 8;
 
-template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
-__device__ A choose_pivot(const Arguments& a, const Unit<T, kLayout>& unit, int channel) {
-  constexpr int kOwn = kLayout == kPixels ? 2 : 1;  // of a run, a lane's: few lanes share a channel
-  const FusedBatchNormCall& call = a.call;
-  channel = min(channel, int(call.C) - 1);  // a lane without a channel reads another one's
-  const bool apart = call.HW < kRunElements;
-  const int64_t plane_stride = kLayout == kPixels ? 1 : call.HW,
-                element_stride = kLayout == kPixels ? call.C : 1;
-  T sample[kOwn][kRuns];
-#pragma unroll
-  for (int k = 0; k < kOwn; ++k) {
-    const int e = (unit.part + k * unit.parts) % kRunElements;
+template <typename T, Layout kLayout>
+struct Sample {
+  using A = typename Accumulator<T>::type;
+  T run[kRuns];  // this lane's element of each
+
+  Sample() = default;
+
+  // Loads it for this lane's channel in group i. (One without a channel reads another one's.)
+  __device__ Sample(const Block<T>& b, const Unit<T, kLayout>& unit, int i) {
+    const FusedBatchNormCall& call = b.call;
+    const int64_t channel = min(unit.channel(b, i), int(call.C) - 1);
+    const bool apart = call.HW < kRunElements;
+    const int e = unit.part % kRunElements;
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
       const unsigned seed = apart ? r * kRunElements + e : r;
-      const uint64_t n = __umulhi(seed * 0x9e3779b9u, unsigned(call.N));
-      const uint64_t i =
-          __umulhi(seed * 0x85ebca6bu, unsigned(call.HW) - (apart ? 0 : kRunElements - 1)) +
-          (apart ? 0 : e);
-      sample[k][r] =
-          static_cast<const T*>(call.x)[n * a.image + channel * plane_stride + i * element_stride];
+      const uint64_t n = __umulhi(seed * 0x9e3779b9u, unsigned(call.N)),
+                     first = __umulhi(seed * 0x85ebca6bu,
+                                      unsigned(call.HW) - (apart ? 0 : kRunElements - 1)),
+                     at = first + (apart ? 0 : e);
+      run[r] = static_cast<const T*>(
+          call.x)[n * b.a.image +
+                  (kLayout == kPixels ? channel + at * call.C : channel * call.HW + at)];
     }
   }
-  A sum = 0;
-#pragma unroll
-  for (int k = 0; k < kOwn; ++k)
+
+  // Leaves the pivot that it gives, which the workers find behind the result of an earlier group.
+  __device__ void leave(const Block<T>& b, const Unit<T, kLayout>& unit, int i) const {
+    A sum = 0;
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
-      const A v = widen(sample[k][r]), next = widen(sample[k][(r + 1) % kRuns]);
-      sum += max(min(v, next), min(max(v, next), widen(sample[k][(r + 2) % kRuns])));
+      const A v = widen(run[r]), next = widen(run[(r + 1) % kRuns]);
+      sum += max(min(v, next), min(max(v, next), widen(run[(r + 2) % kRuns])));
     }
-  const A pivot = warp_sum(sum, unit.channels) * unit.channels / (kRuns * kOwn * 32);
-  return isfinite(pivot) ? widen(round_to<T>(pivot)) : A(0);
-}
+    const A mean = warp_sum(sum, unit.channels) * unit.channels / (kRuns * 32);
+    const A pivot = isfinite(mean) ? widen(round_to<T>(mean)) : A(0);
+    if (unit.leads(b)) b.pivot(b.turn(i))[unit.local] = pivot;
+  }
+};
 
 struct Moments {
   double mean, var, m2;  // m2: Σ (x − mean)²
@@ -1215,15 +1182,11 @@ __device__ Moments batch_moments(const Arguments& a, double pivot, double s1, do
 template <typename T>
 struct Channel {
   using A = typename Accumulator<T>::type;
-  Parameter<T> gamma, beta, running_mean, running_var;
+  A gamma = 1, beta = 0, running_mean = 0, running_var = 0;
 
-  __device__ Result<A> result(const FusedBatchNormCall& call, double mean, double inv_std) const {
-    double scale = inv_std, shift = 0;
-    if (call.gamma) {
-      scale *= gamma.value(call.affine_float);
-      shift = beta.value(call.affine_float);
-    }
-    return {A(mean), A(scale), A(shift - (mean - A(mean)) * scale)};
+  __device__ Result<A> result(double mean, double inv_std) const {
+    const double scale = inv_std * gamma;
+    return {A(mean), A(scale), A(beta - (mean - A(mean)) * scale)};
   }
 
   // What backward needs, and the new running statistics, with `factor` for the new value's weight.
@@ -1234,11 +1197,10 @@ struct Channel {
     static_cast<A*>(call.inv_std)[c] = A(inv_std);
     if (call.running_mean) {
       const double unbiased = moments.m2 * a.per_element_but_one;
-      store_parameter<T>(
-          call.running_mean, c, call.running_float,
-          (1 - factor) * running_mean.value(call.running_float) + factor * moments.mean);
+      store_parameter<T>(call.running_mean, c, call.running_float,
+                         (1 - factor) * running_mean + factor * moments.mean);
       store_parameter<T>(call.running_var, c, call.running_float,
-                         (1 - factor) * running_var.value(call.running_float) + factor * unbiased);
+                         (1 - factor) * running_var + factor * unbiased);
     }
   }
 };
@@ -1252,7 +1214,7 @@ __device__ Sums<A> block_sums(const Block<T>& b, const Unit<T, kLayout>& unit, T
   Sums<A> sums;
   // Adds entry `at` of rows first, first + step …
   const auto add_rows = [&](Sums<A>& to, unsigned at, int first, int step) {
-#pragma unroll 1
+#pragma unroll 2
     for (int r = first; r < rows; r += step) to.add(partial[r * row + at]);
   };
   if constexpr (!has_columns(kLayout)) {
@@ -1288,7 +1250,7 @@ __device__ Sums<A> cluster_sums(const Block<T>& b, const Unit<T, kLayout>& unit,
 #pragma unroll 1
   for (int rank = unit.part; exists && rank < team; rank += unit.parts)
     st_async(&slots[b.rank], rank, SumSlot<A>{own.s1, -own.s2}, b.gathered());
-  mbarrier_wait_cluster(b.gathered(), 0);
+  mbarrier_wait(b.gathered(), 0);
   Sums<A> sums;
 #pragma unroll 1
   for (int rank = unit.part; exists && rank < team; rank += unit.parts)
@@ -1341,7 +1303,8 @@ __device__ Sums<A> grid_sums(const Block<T>& b, const Unit<T, kLayout>& unit, in
   if (few) {
     // The count orders nothing: looking at all slots, again and again, would take L2's time.
     if (b.lane == 0) atomicAdd(counter, 1);  // relaxed
-    while (b.lane == 0 && ld_relaxed(counter) < team) nanosleep();
+    while (b.lane == 0 && ld_relaxed(counter) < team) {
+    }
     __syncwarp();
     return warp_sum(gather(slots + unit.local, exists ? team : 0, channels, unit.part, unit.parts),
                     unit.channels);
@@ -1355,14 +1318,6 @@ __device__ Sums<A> grid_sums(const Block<T>& b, const Unit<T, kLayout>& unit, in
   return gather(total + unit.local, exists, channels, 0, 1);
 }
 
-// A group's pivots, which the workers find behind the result of an earlier one.
-template <typename T, Layout kLayout>
-__device__ void set_pivots(const Block<T>& b, const Unit<T, kLayout>& unit, int i) {
-  if (!b.call.training || i >= b.groups) return;
-  const auto pivot = choose_pivot(b.a, unit, unit.channel(b, i));
-  if (unit.leads(b)) b.pivot(b.turn(i))[unit.local] = pivot;
-}
-
 // Of this lane's channel in group i, if it is the one that needs it.
 template <typename T, Layout kLayout>
 __device__ Channel<T> load_channel(const Block<T>& b, const Unit<T, kLayout>& unit, int i) {
@@ -1371,26 +1326,28 @@ __device__ Channel<T> load_channel(const Block<T>& b, const Unit<T, kLayout>& un
   Channel<T> channel;
   if (!unit.leads(b) || i >= b.groups || c >= call.C) return channel;
   if (call.gamma) {
-    channel.gamma.load(call.gamma, c, call.affine_float);
-    channel.beta.load(call.beta, c, call.affine_float);
+    channel.gamma = load_parameter<T>(call.gamma, c, call.affine_float);
+    channel.beta = load_parameter<T>(call.beta, c, call.affine_float);
   }
   if (call.running_mean && (b.rank == 0 || !call.training)) {
-    channel.running_mean.load(call.running_mean, c, call.running_float);
-    channel.running_var.load(call.running_var, c, call.running_float);
+    channel.running_mean = load_parameter<T>(call.running_mean, c, call.running_float);
+    channel.running_var = load_parameter<T>(call.running_var, c, call.running_float);
   }
   return channel;
 }
 
 // `channel`: of the first group.
 template <typename T, Layout kLayout>
-__device__ void exchange(const Block<T>& b, const Unit<T, kLayout>& unit, Channel<T> channel,
-                         double factor) {
+__device__ void exchange(const Block<T>& b, const Unit<T, kLayout>& unit, Channel<T> channel) {
   using A = typename Accumulator<T>::type;
   const Plan& p = b.p;
   const FusedBatchNormCall& call = b.call;
   const int sets = p.sets.divisor;
   const bool leads = unit.leads(b);
-  set_pivots(b, unit, unit.set + sets);
+  const auto set_pivots = [&](int i) {
+    if (call.training && i < b.groups) Sample<T, kLayout>(b, unit, i).leave(b, unit, i);
+  };
+  set_pivots(unit.set + sets);
 #pragma unroll 1
   for (int i = unit.set; i < b.groups; i += sets) {
     const auto turn = b.turn(i);
@@ -1404,15 +1361,15 @@ __device__ void exchange(const Block<T>& b, const Unit<T, kLayout>& unit, Channe
         sums = grid_sums(b, unit, i, sums);
       moments = batch_moments(b.a, leads ? b.pivot(turn)[unit.local] : A(0), sums.s1, sums.s2);
     } else {
-      moments.mean = channel.running_mean.value(call.running_float);
-      moments.var = channel.running_var.value(call.running_float);
+      moments.mean = channel.running_mean;
+      moments.var = channel.running_var;
     }
     const double inv_std = rsqrt(moments.var + call.eps);
-    if (leads) b.result(turn)[unit.local] = channel.result(call, moments.mean, inv_std);
+    if (leads) b.result(turn)[unit.local] = channel.result(moments.mean, inv_std);
     mbarrier_arrive(b.ready(turn));
     if (const int c = unit.channel(b, i); call.training && b.rank == 0 && leads && c < call.C)
-      channel.save(b.a, c, moments, inv_std, factor);
-    set_pivots(b, unit, i + 2 * sets);
+      channel.save(b.a, c, moments, inv_std, *b.factor());
+    set_pivots(i + 2 * sets);
     channel = load_channel(b, unit, i + sets);
   }
 }
@@ -1428,21 +1385,16 @@ __global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kMany, kLea
   const Plan& p = a.plan;
   const FusedBatchNormCall& call = a.call;
   if (threadIdx.x == 0) {
-#pragma unroll 1
-    for (int i = 0; i < int(p.sets.divisor); ++i) {
-      mbarrier_init(b.summed({i, 0}), blockDim.x - 32 * p.exchange_warps);
-      mbarrier_init(b.ready({i, 0}), 32 * b.layout.units);
-    }
-    mbarrier_init(b.gathered(), 1);
-    fence_mbarrier_init();
-    if (p.team_kind == kClusterTeam)
-      mbarrier_arrive_expect_tx(b.gathered(), p.channels * p.team.divisor * sizeof(SumSlot<A>));
+    double factor = call.momentum;
+    if (call.cumulative)
+      factor = call.num_batches_tracked ? 1.0 / double(*call.num_batches_tracked + 1) : 0;
+    *b.factor() = factor;
   }
-  __syncwarp();  // whole warps, as the cluster's aligned barrier needs them
-  if (p.team_kind == kClusterTeam) barrier_cluster_arrive();
-  double factor = call.momentum;  // of the new value in the running buffers
-  if (call.cumulative)
-    factor = call.num_batches_tracked ? 1.0 / double(*call.num_batches_tracked + 1) : 0;
+  const Unit<T, kLayout> unit(b);
+  // Sent for before x itself takes all of memory's time.
+  const bool samples = call.training && b.warp < p.exchange_warps && unit.set < b.groups;
+  Sample<T, kLayout> sample;
+  if (samples) sample = {b, unit, unit.set};
   const auto grid = cooperative_groups::this_grid();
   unsigned arrival = 0;
   if (p.team_kind == kGridTeam) {
@@ -1454,9 +1406,24 @@ __global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kMany, kLea
       st_relaxed(&slots[i], SumSlot<A>{0, 0});
     arrival = grid.barrier_arrive();
   }
-  const Unit<T, kLayout> unit(b);
-  // Sent for before x itself takes all of memory's time.
-  if (b.warp < p.exchange_warps) set_pivots(b, unit, unit.set);
+  if (samples) sample.leave(b, unit, unit.set);
+  // Behind the first loads.
+  const auto begin = [&] {
+    if (threadIdx.x == 0) {
+#pragma unroll 1
+      for (int i = 0; i < int(p.sets.divisor); ++i) {
+        mbarrier_init(b.summed({i, 0}), blockDim.x - 32 * p.exchange_warps);
+        mbarrier_init(b.ready({i, 0}), 32 * b.layout.units);
+      }
+      mbarrier_init(b.gathered(), 1);
+      fence_mbarrier_init();
+      if (p.team_kind == kClusterTeam)
+        mbarrier_arrive_expect_tx(b.gathered(), p.channels * p.team.divisor * sizeof(SumSlot<A>));
+    }
+    __syncwarp();  // whole warps, as the cluster's aligned barrier needs them
+    if (p.team_kind == kClusterTeam) barrier_cluster_arrive();
+    __syncthreads();  // the barriers, the factor and the first pivots are there
+  };
   // Behind the first sums, before any exchange.
   const auto meet = [&] {
     __syncwarp();
@@ -1469,8 +1436,8 @@ __global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kMany, kLea
   };
   // What the first group's channels need takes long to come: it is sent for ahead of their sums.
   const auto prepare = [&] { return load_channel(b, unit, unit.set); };
-  work<T, kLayout, kMany>(b, prepare, meet,
-                          [&](const Channel<T>& channel) { exchange(b, unit, channel, factor); });
+  work<T, kLayout, kMany>(b, begin, prepare, meet,
+                          [&](const Channel<T>& channel) { exchange(b, unit, channel); });
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -1510,7 +1477,7 @@ constexpr int64_t kBytesPerCycle = 16;     // that a multiprocessor reads, besid
 constexpr int64_t kStaggerCycles = 5200;   // of reading x, at least, where blocks are staggered
 // Rows of a thread in a block with one group: the fewest with which all blocks are there at once.
 constexpr int kFewRows = 10, kSmallRows = 14, kMoreRows = 18;
-constexpr int kPixelRows = 4;  // of the smallest channels-last groups
+constexpr int kPixelRows = 2;  // of the smallest channels-last groups
 
 FastDivmod fast_divmod(int64_t divisor) {
   unsigned shift = 0;

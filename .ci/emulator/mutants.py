@@ -65,8 +65,8 @@ MUTANTS = [
         "momentum weighs the old mean",
         (
             "Channel::save",
-            "(1 - factor) * running_mean.value(call.running_float) + factor",
-            "factor * running_mean.value(call.running_float) + (1 - factor)",
+            "(1 - factor) * running_mean + factor",
+            "factor * running_mean + (1 - factor)",
         ),
     ),
     (
@@ -96,11 +96,11 @@ MUTANTS = [
     ),
     (
         "beta forgotten",
-        ("Channel::result", "shift - (mean - A(mean)) * scale", "(A(mean) - mean) * scale"),
+        ("Channel::result", "beta - (mean - A(mean)) * scale", "(A(mean) - mean) * scale"),
     ),
     (
         "the mean's low part forgotten",
-        ("Channel::result", "shift - (mean - A(mean)) * scale", "shift"),
+        ("Channel::result", "beta - (mean - A(mean)) * scale", "beta"),
     ),
     (
         "the mean folded into the shift",
@@ -113,7 +113,6 @@ MUTANTS = [
     (
         "gamma read as float whatever it is",
         ("load_channel", "(call.gamma, c, call.affine_float)", "(call.gamma, c, true)"),
-        ("Channel::result", "gamma.value(call.affine_float)", "gamma.value(true)"),
     ),
     (
         "running_var stored as float whatever it is",
@@ -138,17 +137,17 @@ MUTANTS = [
     # ---- the pivot
     (
         "sums about 0",
-        ("choose_pivot", "isfinite(pivot) ? widen(round_to<T>(pivot)) : A(0)", "A(0)"),
+        ("Sample::leave", "isfinite(mean) ? widen(round_to<T>(mean)) : A(0)", "0"),
     ),
     (
         "a pivot that is not finite",
-        ("choose_pivot", "isfinite(pivot) ? widen(round_to<T>(pivot)) : A(0)", "pivot"),
+        ("Sample::leave", "isfinite(mean) ? widen(round_to<T>(mean)) : A(0)", "mean"),
     ),
     (
         "the mean of a sample that an outlier is in",
         (
-            "choose_pivot",
-            "max(min(v, next), min(max(v, next), widen(sample[k][(r + 2) % kRuns])))",
+            "Sample::leave",
+            "max(min(v, next), min(max(v, next), widen(run[(r + 2) % kRuns])))",
             "v",
         ),
     ),
@@ -159,31 +158,35 @@ MUTANTS = [
     ("var about the pivot", ("batch_moments", "- s1 * offset", "")),
     (
         "each block its own pivot",
-        ("choose_pivot", "seed * 0x9e3779b9u", "(seed + blockIdx.x) * 0x9e3779b9u"),
+        ("Sample::Sample", "seed * 0x9e3779b9u", "(seed + blockIdx.x) * 0x9e3779b9u"),
     ),
     (
         "runs of samples that reach past the plane",
-        ("choose_pivot", "- (apart ? 0 : kRunElements - 1)", ""),
+        ("Sample::Sample", "- (apart ? 0 : kRunElements - 1)", ""),
     ),
     (
         "a sample of a channels-last x read as of NCHW",
-        ("choose_pivot", "kLayout == kPixels ? 1 : call.HW", "call.HW"),
+        ("Sample::Sample", "channel + at * call.C", "channel * call.HW + at"),
     ),
     (
         "a sample of the channel behind the last",
-        ("choose_pivot", "min(channel, int(call.C) - 1)", "channel"),
+        ("Sample::Sample", "min(unit.channel(b, i), int(call.C) - 1)", "unit.channel(b, i)"),
     ),
     (
         "runs of twice as many elements",
-        ("choose_pivot", "% kRunElements", "% (2 * kRunElements)"),
+        ("Sample::Sample", "% kRunElements", "% (2 * kRunElements)"),
     ),
     (
         "the group before's pivot",
-        ("set_pivots", "unit.channel(b, i)", "unit.channel(b, max(i - int(b.p.sets.divisor), 0))"),
+        (
+            "Sample::Sample",
+            "unit.channel(b, i)",
+            "unit.channel(b, max(i - int(b.p.sets.divisor), 0))",
+        ),
     ),
     (
         "pivots left in the place of the group before",
-        ("set_pivots", "b.turn(i)", "b.turn(max(i - int(b.p.sets.divisor), 0))"),
+        ("Sample::leave", "b.turn(i)", "b.turn(max(i - int(b.p.sets.divisor), 0))"),
     ),
     (
         "pivots of channels outside the group",
@@ -195,7 +198,7 @@ MUTANTS = [
     ),
     (
         "pivots left behind the result that shows them",
-        ("exchange", "set_pivots(b, unit, unit.set + sets);", ""),
+        ("exchange", "set_pivots(unit.set + sets);", ""),
         ("exchange", "i + 2 * sets", "i + sets"),
     ),
     # ---- groups: where vectors lie, which of their elements count, whose they are
@@ -382,20 +385,19 @@ MUTANTS = [
     ),
     (
         "the ring comes back with the next group's rows",
-        ("work::store", "ring(row), origin, behind", "ring(row), next_origin, behind"),
+        ("work::store", "origin, ring_walk(row - kRing)", "next_origin, ring_walk(row - kRing)"),
     ),
     (
         "the ring filled again with the group that is there already",
-        ("work::store", "ring(row), next_origin, last", "ring(row), origin, last"),
+        ("work::store", "ring(row), next_origin, here", "ring(row), origin, here"),
     ),
     (
         "the ring filled behind the last group",
         ("work::store", "else if (refills) group", "else group"),
     ),
-    ("no carry back to the row before", ("Group::retreat", "w.in_row < step_in_row", "false")),
     (
-        "the rows of a step back forgotten",
-        ("Group::retreat", "w.row -= step_row; if", "if"),
+        "the ring comes back with the row that has just been stored",
+        ("work::store", "ring_walk(row - kRing)", "ring_walk(row)"),
     ),
     (
         "the kernel with few rows for a plan with many",
@@ -608,11 +610,7 @@ MUTANTS = [
     ),
     (
         "the peers' sums not waited for",
-        ("cluster_sums", "mbarrier_wait_cluster(b.gathered(), 0);", ""),
-    ),
-    (
-        "the peers' sums waited for like own doings",
-        ("cluster_sums", "mbarrier_wait_cluster", "mbarrier_wait"),
+        ("cluster_sums", "mbarrier_wait(b.gathered(), 0);", ""),
     ),
     (
         "one peer's sums not expected",
@@ -634,7 +632,7 @@ MUTANTS = [
             "",
         ),
         (
-            "fused_batch_norm_forward_kernel",
+            "fused_batch_norm_forward_kernel::begin",
             "if (threadIdx.x == 0) {",
             "if (p.team_kind == kClusterTeam) barrier_cluster_arrive(); if (threadIdx.x == 0) {",
         ),
@@ -778,7 +776,10 @@ MUTANTS = [
         ("fused_batch_norm_forward_kernel::meet", "grid.barrier_wait(std::move(arrival))", ""),
     ),
     # ---- the start, running buffers and the counter
-    ("no barrier of the block at the start", ("work", "if (i == -p.lag) __syncthreads();", "")),
+    (
+        "no barrier of the block at the start",
+        ("fused_batch_norm_forward_kernel::begin", "__syncthreads();", ""),
+    ),
     (
         "the cumulative average where blocks do not wait for each other",
         ("Planner::counts_batches", "call.cumulative && call.num_batches_tracked", "false"),
@@ -826,8 +827,12 @@ MUTANTS = [
         ("SharedLayout", "3 * sets * p.channels", "2 * sets * p.channels"),
     ),
     (
+        "the new value's weight where the last set's barrier is",
+        ("SharedLayout", "(2 * sets + 1) * int", "(2 * sets) * int"),
+    ),
+    (
         "partial sums where the cluster's barrier is",
-        ("SharedLayout", "(2 * sets + 2)", "(2 * sets)"),
+        ("SharedLayout", "factor_at + int(sizeof(double))", "factor_at - int(sizeof(double))"),
     ),
     (
         "pivots where partial sums are",

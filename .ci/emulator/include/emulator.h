@@ -37,7 +37,6 @@ void fence_mbarrier_init();
 void mbarrier_arrive(uint64_t* barrier);
 void mbarrier_arrive_expect_tx(uint64_t* barrier, unsigned bytes);
 void mbarrier_wait(uint64_t* barrier, unsigned parity);
-void mbarrier_wait_cluster(uint64_t* barrier, unsigned parity);
 // `bytes` (8 or 16) to where block `rank` of the cluster has what this block has at `shared`, counted on its `barrier`.
 void send_to_peer(void* shared, unsigned rank, const void* value, unsigned bytes, uint64_t* barrier);
 

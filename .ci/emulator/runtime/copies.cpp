@@ -85,10 +85,10 @@ void mbarrier_arrive_expect_tx(uint64_t* barrier, unsigned bytes) {
   arrive(barrier, bytes, place);
 }
 
-static void wait(uint64_t* barrier, unsigned parity, bool for_peers, const void* place) {
+void mbarrier_wait(uint64_t* barrier, unsigned parity) {
+  const void* place = walk(__builtin_return_address(0));
   preempt();
   Mbarrier& b = find(barrier, place);
-  if (b.from_peers && !for_peers) fail("barrier", "mbarrier_wait on an mbarrier that peers send to: it shows only this block's own doings", place);
   if (parity > 1) fail("barrier", "a parity is 0 or 1", place);
   // Looked at again after waking up: a thread that comes so late that the next phase is over too has missed its own.
   while ((b.phase & 1) == parity) {
@@ -98,14 +98,6 @@ static void wait(uint64_t* barrier, unsigned parity, bool for_peers, const void*
     block_on("mbarrier_wait", place);
   }
   acquire(b.completed);
-}
-
-void mbarrier_wait(uint64_t* barrier, unsigned parity) { wait(barrier, parity, false, walk(__builtin_return_address(0))); }
-
-void mbarrier_wait_cluster(uint64_t* barrier, unsigned parity) {
-  const void* place = walk(__builtin_return_address(0));
-  require_clusters(place);
-  wait(barrier, parity, true, place);
 }
 
 // The messages of one phase of an mbarrier are steps of a participant of their own.
@@ -131,7 +123,6 @@ void send_to_peer(void* shared, unsigned rank, const void* value, unsigned bytes
   Mbarrier& b = find(barrier, place, peer);
   access(to, bytes, Access::kWrite, false, message_epoch(peer, b, place), place);
   poison(to, bytes);
-  b.from_peers = true;
   ++b.messages;
   machine.messages.push_back({&peer, offset_of(barrier, 8, "", place), to, bytes, {}});
   memcpy(machine.messages.back().value, value, bytes);

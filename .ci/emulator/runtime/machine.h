@@ -96,7 +96,6 @@ struct Mbarrier {
   Epoch initialised;
   bool fenced = false;
   unsigned shown = 0;           // from this barrier of the cluster on, peers know the initialisation
-  bool from_peers = false;      // other blocks of the cluster send to it
   std::vector<Fibre*> waiting;
 };
 
