@@ -240,6 +240,8 @@ __device__ unsigned long long ld_relaxed(const unsigned long long* from) {
   return v;
 }
 
+__device__ void nanosleep() { __nanosleep(40); }
+
 // Sleeps for so many clock cycles, about.
 __device__ void nanosleep_cycles(int64_t cycles) {
   const int64_t start = clock64();
@@ -1303,8 +1305,7 @@ __device__ Sums<A> grid_sums(const Block<T>& b, const Unit<T, kLayout>& unit, in
   if (few) {
     // The count orders nothing: looking at all slots, again and again, would take L2's time.
     if (b.lane == 0) atomicAdd(counter, 1);  // relaxed
-    while (b.lane == 0 && ld_relaxed(counter) < team) {
-    }
+    while (b.lane == 0 && ld_relaxed(counter) < team) nanosleep();
     __syncwarp();
     return warp_sum(gather(slots + unit.local, exists ? team : 0, channels, unit.part, unit.parts),
                     unit.channels);
@@ -1475,8 +1476,8 @@ constexpr int64_t kEvalBytes = 28 << 10;   // of a block in eval mode: none wait
 constexpr int64_t kBlockBytes = 72 << 10;  // of a block where there are clusters: three fit
 constexpr int64_t kBytesPerCycle = 16;     // that a multiprocessor reads, beside what it writes
 constexpr int64_t kStaggerCycles = 5200;   // of reading x, at least, where blocks are staggered
-// Rows of a thread in a block with one group: the fewest with which all blocks are there at once.
-constexpr int kFewRows = 10, kSmallRows = 14, kMoreRows = 18;
+// Rows of a thread in a block with one group, where not all blocks are there at once; or at most.
+constexpr int kSmallRows = 14, kMostRows = 18;
 constexpr int kPixelRows = 2;  // of the smallest channels-last groups
 
 FastDivmod fast_divmod(int64_t divisor) {
@@ -1659,9 +1660,10 @@ struct Planner {
     return {};
   }
 
-  // The same for a team with one group.
+  // The same for a team with one group: with the fewest rows of a thread, which take the least
+  // time, with which all blocks are there at once.
   std::optional<Plan> with_small_block(const Plan& group, TeamKind kind, int64_t team) const {
-    for (const int rows : {kFewRows, kSmallRows, kMoreRows})
+    for (int rows = 2; rows <= kMostRows; rows += 4)
       if (const auto p = with_rows(group, kind, team, 1, 0, 2, rows))
         if (blocks(*p) <= at_once(*p)) return p;
     return with_rows(group, kind, team, 1, 0, 2, kSmallRows);

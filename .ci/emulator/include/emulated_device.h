@@ -10,7 +10,8 @@ using emulator::mbarrier_arrive;
 using emulator::mbarrier_arrive_expect_tx;
 using emulator::mbarrier_init;
 using emulator::mbarrier_wait;
-__forceinline__ void nanosleep_cycles(int64_t) { emulator::nanosleep(); }
+using emulator::nanosleep;
+__forceinline__ void nanosleep_cycles(int64_t) { nanosleep(); }
 __forceinline__ unsigned char* dynamic_shared_memory() { return emulator::shared_memory(); }
 __forceinline__ void cp_async_16(void* shared, const void* global) { emulator::cp_async_16(shared, global); }
 // What is asked for must be there: a byte of it is read.
