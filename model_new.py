@@ -1774,60 +1774,53 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size,
 // -------------------------------------------------------------------------------------------------
 // Launch
 // -------------------------------------------------------------------------------------------------
-// Calls use(kernel, its arguments without scratch) for the kernel that suits the call. Returns
-// null, or what went wrong.
-template <typename T, typename Use>
-const char* with_kernel(const FusedBatchNormCall& call, Use use) {
+// The kernel that suits a call, and its arguments but for scratch.
+struct Launch {
+  void (*kernel)(Arguments);
+  Arguments arguments;
+};
+
+template <typename T>
+Launch typed_launch(const FusedBatchNormCall& call, const Device& device) {
   constexpr int kSize = Vector<T>::kSize;
   constexpr bool kDouble = sizeof(T) == 8;  // fewer kernels: masks are right for all planes
-  const Device device;
-  if (device.error) return cudaGetErrorString(device.error);
-  const bool masked =
-      kDouble || call.HW % kSize != 0 || reinterpret_cast<uintptr_t>(call.x) % kVectorBytes != 0;
   constexpr int kAccumulatorBytes = sizeof(typename Accumulator<T>::type);
+  const uintptr_t from_boundary = reinterpret_cast<uintptr_t>(call.x) % kVectorBytes;
+  const bool masked = kDouble || call.HW % kSize != 0 || from_boundary != 0;
   const Plan plan =
       make_plan(call, device, kSize, kAccumulatorBytes, masked, sizeof(T) == 4 || !masked);
-  const int shift = int(reinterpret_cast<uintptr_t>(call.x) % kVectorBytes / sizeof(T));
-  const unsigned whole = unsigned((call.N * call.C * call.HW + shift) / kSize);
-  const double count = double(call.N) * double(call.HW);
-  const Arguments a{call,
-                    plan,
-                    SharedLayout(plan, kAccumulatorBytes, kSize),
-                    static_cast<const T*>(call.x) - shift,
-                    static_cast<T*>(call.y) - shift,
-                    nullptr,
-                    shift,
-                    whole,
-                    uint64_t(call.C * call.HW),
-                    int(call.HW - (int64_t(plan.width.divisor) - 2) * kSize),
-                    1 / count,
-                    1 / (count - 1)};
   const bool many =
       plan.reg_rows > register_rows(plan.layout, kSize, false, is_lean(device.architecture));
-  if (plan.layout == kPixels) return use(fused_batch_norm_forward_kernel<T, kPixels, false>, a);
+  auto kernel = fused_batch_norm_forward_kernel<T, kMaskedPlanes, false>;
+  if constexpr (sizeof(T) == 4)
+    if (many) kernel = fused_batch_norm_forward_kernel<T, kMaskedPlanes, true>;
   if constexpr (!kDouble) {
     if (plan.layout == kPackedPlanes)
-      return use(fused_batch_norm_forward_kernel<T, kPackedPlanes, false>, a);
+      kernel = fused_batch_norm_forward_kernel<T, kPackedPlanes, false>;
     if (plan.layout == kPlanes)
-      return many ? use(fused_batch_norm_forward_kernel<T, kPlanes, true>, a)
-                  : use(fused_batch_norm_forward_kernel<T, kPlanes, false>, a);
+      kernel = many ? fused_batch_norm_forward_kernel<T, kPlanes, true>
+                    : fused_batch_norm_forward_kernel<T, kPlanes, false>;
   }
-  if constexpr (sizeof(T) == 4)
-    if (many) return use(fused_batch_norm_forward_kernel<T, kMaskedPlanes, true>, a);
-  return use(fused_batch_norm_forward_kernel<T, kMaskedPlanes, false>, a);
+  if (plan.layout == kPixels) kernel = fused_batch_norm_forward_kernel<T, kPixels, false>;
+  const int shift = int(from_boundary / sizeof(T));
+  const double count = double(call.N) * double(call.HW);
+  return {kernel,
+          {call, plan, SharedLayout(plan, kAccumulatorBytes, kSize),
+           static_cast<const T*>(call.x) - shift, static_cast<T*>(call.y) - shift, nullptr, shift,
+           unsigned((call.N * call.C * call.HW + shift) / kSize), uint64_t(call.C * call.HW),
+           int(call.HW - (int64_t(plan.width.divisor) - 2) * kSize), 1 / count, 1 / (count - 1)}};
 }
 
-template <typename Use>
-const char* with_type(const FusedBatchNormCall& call, Use use) {
+Launch make_launch(const FusedBatchNormCall& call, const Device& device) {
   switch (call.dtype) {
     case 0:
-      return with_kernel<float>(call, use);
+      return typed_launch<float>(call, device);
     case 1:
-      return with_kernel<__half>(call, use);
+      return typed_launch<__half>(call, device);
     case 2:
-      return with_kernel<__nv_bfloat16>(call, use);
+      return typed_launch<__nv_bfloat16>(call, device);
     default:
-      return with_kernel<double>(call, use);
+      return typed_launch<double>(call, device);
   }
 }
 
@@ -1836,41 +1829,43 @@ const char* with_type(const FusedBatchNormCall& call, Use use) {
 extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call,
                                                void* (*allocate)(size_t bytes, void* context),
                                                void* context, void* stream) {
-  return with_type(*call, [&](auto kernel, Arguments arguments) -> const char* {
-    const Plan& plan = arguments.plan;
-    const size_t scratch_bytes = size_t(plan.groups) * arguments.layout.group_bytes;
-    if (scratch_bytes > 0)
-      arguments.scratch = static_cast<unsigned char*>(allocate(scratch_bytes, context));
-    constexpr int kUnasked = 48 * 1024;  // bytes that a block gets without being asked for
-    cudaError_t error = cudaSuccess;
-    if (plan.shared_bytes > kUnasked)
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   plan.shared_bytes);
-    if (error) return cudaGetErrorString(error);
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeCooperative;
-    attributes[0].val.cooperative = plan.team_kind == kGridTeam;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = plan.team.divisor;
-    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(plan.team.divisor * plan.teams);
-    config.blockDim = dim3(block_threads(plan));
-    config.dynamicSmemBytes = plan.shared_bytes;
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = attributes;
-    config.numAttrs = plan.team_kind == kClusterTeam ? 2 : 1;
-    error = cudaLaunchKernelEx(&config, kernel, arguments);
-    return error ? cudaGetErrorString(error) : nullptr;
-  });
+  const Device device;
+  if (device.error) return cudaGetErrorString(device.error);
+  auto [kernel, arguments] = make_launch(*call, device);
+  const Plan& plan = arguments.plan;
+  const size_t scratch_bytes = size_t(plan.groups) * arguments.layout.group_bytes;
+  if (scratch_bytes > 0)
+    arguments.scratch = static_cast<unsigned char*>(allocate(scratch_bytes, context));
+  constexpr int kUnasked = 48 * 1024;  // bytes that a block gets without being asked for
+  cudaError_t error = cudaSuccess;
+  if (plan.shared_bytes > kUnasked)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 plan.shared_bytes);
+  if (error) return cudaGetErrorString(error);
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = plan.team_kind == kGridTeam;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = plan.team.divisor;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(plan.team.divisor * plan.teams);
+  config.blockDim = dim3(block_threads(plan));
+  config.dynamicSmemBytes = plan.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  config.numAttrs = plan.team_kind == kClusterTeam ? 2 : 1;
+  error = cudaLaunchKernelEx(&config, kernel, arguments);
+  return error ? cudaGetErrorString(error) : nullptr;
 }
 
 extern "C" const char* fused_batch_norm_plan(const FusedBatchNormCall* call, int* words,
                                              size_t bytes) {
-  return with_type(*call, [&](auto, const Arguments& a) -> const char* {
-    memcpy(words, &a.plan, std::min(bytes, sizeof a.plan));
-    return nullptr;
-  });
+  const Device device;
+  if (device.error) return cudaGetErrorString(device.error);
+  const Plan plan = make_launch(*call, device).arguments.plan;
+  memcpy(words, &plan, std::min(bytes, sizeof plan));
+  return nullptr;
 }
 """
 

@@ -35,11 +35,11 @@ LIMIT_S = 60  # of the build and of each case, after which the mutant counts as 
 CUDA_BEGINS = re.compile(r"^FUSED_BATCH_NORM_CUDA = r('''|\"\"\")", re.MULTILINE)
 FASTER = '\n#pragma GCC optimize("O0")'  # compiles in a third of the time, most of what one takes
 FLOAT_ALONE = (  # an edit, too
-    "with_type",
-    """case 1: return with_kernel<__half>(call, use);
-    case 2: return with_kernel<__nv_bfloat16>(call, use);
-    default: return with_kernel<double>(call, use);""",
-    'default: return "not built";',
+    "make_launch",
+    """case 1: return typed_launch<__half>(call, device);
+    case 2: return typed_launch<__nv_bfloat16>(call, device);
+    default: return typed_launch<double>(call, device);""",
+    'default: throw "not built";',
 )
 
 # What is wrong, then one edit or more: the function, the text in it, its replacement.
@@ -209,7 +209,7 @@ MUTANTS = [
     ),
     (
         "a plane's tail one element longer",
-        ("with_kernel", "int(call.HW - (", "int(call.HW + 1 - ("),
+        ("typed_launch", "int(call.HW - (", "int(call.HW + 1 - ("),
     ),
     ("planes aligned as the tensor", ("Group::origin", "* call.HW + a.shift", "* call.HW")),
     (
@@ -227,7 +227,7 @@ MUTANTS = [
     (
         "x ends within a vector that is read as a whole",
         (
-            "with_kernel",
+            "typed_launch",
             "unsigned((call.N * call.C * call.HW + shift) / kSize)",
             "unsigned((call.N * call.C * call.HW + shift) / kSize + 1)",
         ),
@@ -401,7 +401,7 @@ MUTANTS = [
     ),
     (
         "the kernel with few rows for a plan with many",
-        ("with_kernel", "plan.reg_rows > register_rows", "plan.reg_rows > 16 + register_rows"),
+        ("typed_launch", "plan.reg_rows > register_rows", "plan.reg_rows > 16 + register_rows"),
     ),
     (
         "rows in registers though several groups are under way",
