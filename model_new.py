@@ -364,13 +364,7 @@ __device__ T round_to(A v) {
 }
 
 template <typename T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
+using Accumulator = std::conditional_t<sizeof(T) == 8, double, float>;
 
 // Sums over some part of a channel, with d = x − pivot. All parts of a channel have the same pivot.
 template <typename A>
@@ -390,7 +384,7 @@ struct Result {  // y = (x − mean)·scale + shift
 
 // A parameter or an element of a running buffer: float, or of x's own type.
 template <typename T>
-__device__ typename Accumulator<T>::type load_parameter(const void* p, int64_t i, bool is_float) {
+__device__ Accumulator<T> load_parameter(const void* p, int64_t i, bool is_float) {
   return is_float ? static_cast<const float*>(p)[i] : widen(static_cast<const T*>(p)[i]);
 }
 
@@ -399,7 +393,7 @@ __device__ void store_parameter(void* p, int64_t i, bool is_float, double v) {
   if (is_float)
     static_cast<float*>(p)[i] = float(v);
   else
-    static_cast<T*>(p)[i] = round_to<T>(typename Accumulator<T>::type(v));
+    static_cast<T*>(p)[i] = round_to<T>(Accumulator<T>(v));
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -603,7 +597,7 @@ struct Turn {
 // What all warps of a block know.
 template <typename T>
 struct Block {
-  using A = typename Accumulator<T>::type;
+  using A = Accumulator<T>;
   const Arguments& a;
   const Plan& p = a.plan;
   const FusedBatchNormCall& call = a.call;
@@ -669,7 +663,7 @@ struct Group {
                                                            : 1;  // channels of a vector
   // Sums that elements are added to: of each, or of every fourth.
   static constexpr int kSums = has_columns(kLayout) || kSize < 4 ? kSize : 4;
-  using A = typename Accumulator<T>::type;
+  using A = Accumulator<T>;
   const Arguments& a;
   const FusedBatchNormCall& call = a.call;
   const Plan& p = a.plan;
@@ -853,9 +847,8 @@ struct Group {
 // beside them.
 template <typename T, Layout kLayout>
 __device__ void leave(const Block<T>& b, const Group<T, kLayout>& group, unsigned thread, Turn turn,
-                      Sums<typename Accumulator<T>::type> (&sums)[Group<T, kLayout>::kSums],
-                      bool more) {
-  using A = typename Accumulator<T>::type;
+                      Sums<Accumulator<T>> (&sums)[Group<T, kLayout>::kSums], bool more) {
+  using A = Accumulator<T>;
   constexpr int kSize = Group<T, kLayout>::kSums;
   Sums<A>* const partial = b.partial(turn);
   const unsigned width = b.p.width.divisor;
@@ -1095,80 +1088,6 @@ __device__ void work(const Block<T>& b, Begin begin, Prepare prepare, Meet meet,
 // -------------------------------------------------------------------------------------------------
 // Exchange warps: from the block's sums to the team's, and to what the workers need
 // -------------------------------------------------------------------------------------------------
-// An exchange warp takes a unit of a group: one channel, or up to 32. The lanes that have the same
-// channel share what there is to add.
-template <typename T, Layout kLayout>
-struct Unit {
-  const int set, index;      // set of warps that this one is in; unit in the group
-  const int bits, channels;  // log2 of its channels, and they
-  const int part, parts;     // this lane's number among those of its channel; how many they are
-  const int local;           // its channel in the group
-
-  __device__ explicit Unit(const Block<T>& b)
-      : set(has_columns(kLayout) ? b.turn(b.warp).set : b.warp),
-        index(has_columns(kLayout) ? divide(b.warp, b.p.sets) : 0),
-        bits(has_columns(kLayout) ? b.layout.unit_bits : 0),
-        channels(1 << bits),
-        part(b.lane >> bits),
-        parts(32 >> bits),
-        local(index * channels + (b.lane & (channels - 1))) {}
-
-  // Whether this lane does for its channel what one lane does.
-  __device__ bool leads(const Block<T>& b) const { return local < b.p.channels && part == 0; }
-  // This lane's channel in x, for group i of the block's team.
-  __device__ int channel(const Block<T>& b, int i) const {
-    return b.group(i) * b.p.channels + local;
-  }
-};
-
-// The pivot of a channel: a mean of some of its elements, so that (pivot − mean)² is a fraction of
-// var and nothing cancels. They come in four runs, scattered over the channel: elements that lie
-// apart would each be a request of its own, for which small channels have no time. Of any three
-// runs the median counts, so that no outlier, nor a run of them, moves the pivot away from all
-// others. It is one of T's own values: then d = x − pivot has few digits, and most sums are exact.
-// All lanes of the warp must call.
-constexpr int kRuns = 4, kRunElements = 8;
-
-template <typename T, Layout kLayout>
-struct Sample {
-  using A = typename Accumulator<T>::type;
-  T run[kRuns];  // this lane's element of each
-
-  Sample() = default;
-
-  // Loads it for this lane's channel in group i. (One without a channel reads another one's.)
-  __device__ Sample(const Block<T>& b, const Unit<T, kLayout>& unit, int i) {
-    const FusedBatchNormCall& call = b.call;
-    const int64_t channel = min(unit.channel(b, i), int(call.C) - 1);
-    const bool apart = call.HW < kRunElements;
-    const int e = unit.part % kRunElements;
-#pragma unroll
-    for (int r = 0; r < kRuns; ++r) {
-      const unsigned seed = apart ? r * kRunElements + e : r;
-      const uint64_t n = __umulhi(seed * 0x9e3779b9u, unsigned(call.N)),
-                     first = __umulhi(seed * 0x85ebca6bu,
-                                      unsigned(call.HW) - (apart ? 0 : kRunElements - 1)),
-                     at = first + (apart ? 0 : e);
-      run[r] = static_cast<const T*>(
-          call.x)[n * b.a.image +
-                  (kLayout == kPixels ? channel + at * call.C : channel * call.HW + at)];
-    }
-  }
-
-  // Leaves the pivot that it gives, which the workers find behind the result of an earlier group.
-  __device__ void leave(const Block<T>& b, const Unit<T, kLayout>& unit, int i) const {
-    A sum = 0;
-#pragma unroll
-    for (int r = 0; r < kRuns; ++r) {
-      const A v = widen(run[r]), next = widen(run[(r + 1) % kRuns]);
-      sum += max(min(v, next), min(max(v, next), widen(run[(r + 2) % kRuns])));
-    }
-    const A mean = warp_sum(sum, unit.channels) * unit.channels / (kRuns * 32);
-    const A pivot = isfinite(mean) ? widen(round_to<T>(mean)) : A(0);
-    if (unit.leads(b)) b.pivot(b.turn(i))[unit.local] = pivot;
-  }
-};
-
 struct Moments {
   double mean, var, m2;  // m2: Σ (x − mean)²
 };
@@ -1183,7 +1102,7 @@ __device__ Moments batch_moments(const Arguments& a, double pivot, double s1, do
 // What of the parameters and buffers a channel needs.
 template <typename T>
 struct Channel {
-  using A = typename Accumulator<T>::type;
+  using A = Accumulator<T>;
   A gamma = 1, beta = 0, running_mean = 0, running_var = 0;
 
   __device__ Result<A> result(double mean, double inv_std) const {
@@ -1206,59 +1125,6 @@ struct Channel {
     }
   }
 };
-
-// A channel's sums over the block.
-template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
-__device__ Sums<A> block_sums(const Block<T>& b, const Unit<T, kLayout>& unit, Turn turn) {
-  constexpr int kSize = Vector<T>::kSize;
-  const Sums<A>* const partial = b.partial(turn);
-  const int row = b.layout.partial_row, rows = b.layout.partial_rows;
-  Sums<A> sums;
-  // Adds entry `at` of rows first, first + step …
-  const auto add_rows = [&](Sums<A>& to, unsigned at, int first, int step) {
-#pragma unroll 2
-    for (int r = first; r < rows; r += step) to.add(partial[r * row + at]);
-  };
-  if constexpr (!has_columns(kLayout)) {
-    if (b.lane < rows) sums.add(partial[b.lane]);
-  } else if (unit.local >= b.p.channels) {
-  } else if constexpr (kLayout == kPackedPlanes) {  // lanes share the columns of its plane
-    const unsigned first = unit.local * unsigned(b.call.HW), end = first + unsigned(b.call.HW);
-#pragma unroll 1
-    for (unsigned c = first / kSize + unit.part; c * kSize < end; c += unit.parts)
-      add_rows(sums, 2 * c + (c * kSize < first), 0, 1);
-  } else {  // they share the rows; each pixel has an entry
-    const unsigned pixel = b.p.pixel.divisor * kSize, all = b.p.width.divisor * kSize;  // elements
-#pragma unroll 1
-    for (unsigned j = 0; j < b.p.pixels; ++j) {
-      const unsigned first = j * unsigned(b.call.C) + b.a.shift, in_row = first + unit.local;
-      const unsigned periodic = in_row - (in_row < all ? 0 : all);
-      Sums<A> of_pixel;  // else there would be long chains of additions, see kChain
-      add_rows(of_pixel, pixel == all ? periodic : j * pixel + first % kSize + unit.local,
-               unit.part, unit.parts);
-      sums.add(of_pixel);
-    }
-  }
-  return warp_sum(sums, unit.channels);
-}
-
-// From a block's sums to its cluster's: each block sends them to all.
-template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
-__device__ Sums<A> cluster_sums(const Block<T>& b, const Unit<T, kLayout>& unit,
-                                const Sums<A>& own) {
-  const int team = b.p.team.divisor;
-  SumSlot<A>* const slots = b.template at<SumSlot<A>>(b.layout.message_at) + unit.local * team;
-  const bool exists = unit.local < b.p.channels;
-#pragma unroll 1
-  for (int rank = unit.part; exists && rank < team; rank += unit.parts)
-    st_async(&slots[b.rank], rank, SumSlot<A>{own.s1, -own.s2}, b.gathered());
-  mbarrier_wait(b.gathered(), 0);
-  Sums<A> sums;
-#pragma unroll 1
-  for (int rank = unit.part; exists && rank < team; rank += unit.parts)
-    sums.add(Sums<A>{slots[rank].s1, -slots[rank].minus_s2});
-  return warp_sum(sums, unit.channels);
-}
 
 // Sum of slots `stride` apart, of which this lane takes number `part` and every parts-th after it.
 // Each slot says whether it has arrived.
@@ -1288,92 +1154,200 @@ __device__ Sums<A> gather(const SumSlot<A>* slots, int count, int stride, int pa
   return sums;
 }
 
-// From a block's sums to those of a team in the grid, by slots in memory: one for each block and
-// channel, and one for the team's. Few are added up by each block for itself; of many, each channel
-// is one block's, which leaves the team's sums for all.
-template <typename T, Layout kLayout, typename A = typename Accumulator<T>::type>
-__device__ Sums<A> grid_sums(const Block<T>& b, const Unit<T, kLayout>& unit, int i,
-                             const Sums<A>& own) {
-  const int team = b.p.team.divisor, channels = has_columns(kLayout) ? b.p.channels : 1;
-  const bool exists = unit.local < channels, few = team <= 4 * kSlots * unit.parts;
-  unsigned char* const group = b.a.scratch + b.group(i) * b.layout.group_bytes;
-  auto* const counter = reinterpret_cast<unsigned long long*>(group + unit.index * kLineBytes);
-  auto* const slots = reinterpret_cast<SumSlot<A>*>(group + b.layout.units * kLineBytes);
-  auto* const total = slots + team * channels;
-  if (exists && unit.part == 0)
-    st_relaxed(&slots[b.rank * channels + unit.local], SumSlot<A>{own.s1, -own.s2});
-  if (few) {
-    // The count orders nothing: looking at all slots, again and again, would take L2's time.
-    if (b.lane == 0) atomicAdd(counter, 1);  // relaxed
-    while (b.lane == 0 && ld_relaxed(counter) < team) nanosleep();
-    __syncwarp();
-    return warp_sum(gather(slots + unit.local, exists ? team : 0, channels, unit.part, unit.parts),
-                    unit.channels);
-  }
-#pragma unroll 1
-  for (int c = b.rank; c < channels; c += team) {
-    if (c >> unit.bits != unit.index) continue;
-    const Sums<A> sums = warp_sum(gather(slots + c, team, channels, b.lane, 32));
-    if (b.lane == 0) st_relaxed(&total[c], SumSlot<A>{sums.s1, -sums.s2});
-  }
-  return gather(total + unit.local, exists, channels, 0, 1);
-}
+// The pivot of a channel: a mean of some of its elements, so that (pivot − mean)² is a fraction of
+// var and nothing cancels. They come in four runs, scattered over the channel: elements that lie
+// apart would each be a request of its own, for which small channels have no time. Of any three
+// runs the median counts, so that no outlier, nor a run of them, moves the pivot away from all
+// others. It is one of T's own values: then d = x − pivot has few digits, and most sums are exact.
+constexpr int kRuns = 4, kRunElements = 8;
+template <typename T>
+struct Sample {
+  T run[kRuns];  // a lane's element of each
+};
 
-// Of this lane's channel in group i, if it is the one that needs it.
+// An exchange warp takes a unit of a group: one channel, or up to 32. The lanes that have the same
+// channel share what there is to add. All lanes of the warp call each function.
 template <typename T, Layout kLayout>
-__device__ Channel<T> load_channel(const Block<T>& b, const Unit<T, kLayout>& unit, int i) {
-  const FusedBatchNormCall& call = b.call;
-  const int c = unit.channel(b, i);
-  Channel<T> channel;
-  if (!unit.leads(b) || i >= b.groups || c >= call.C) return channel;
-  if (call.gamma) {
-    channel.gamma = load_parameter<T>(call.gamma, c, call.affine_float);
-    channel.beta = load_parameter<T>(call.beta, c, call.affine_float);
-  }
-  if (call.running_mean && (b.rank == 0 || !call.training)) {
-    channel.running_mean = load_parameter<T>(call.running_mean, c, call.running_float);
-    channel.running_var = load_parameter<T>(call.running_var, c, call.running_float);
-  }
-  return channel;
-}
-
-// `channel`: of the first group.
-template <typename T, Layout kLayout>
-__device__ void exchange(const Block<T>& b, const Unit<T, kLayout>& unit, Channel<T> channel) {
-  using A = typename Accumulator<T>::type;
+struct ExchangeWarp {
+  using A = Accumulator<T>;
+  const Block<T>& b;
   const Plan& p = b.p;
   const FusedBatchNormCall& call = b.call;
-  const int sets = p.sets.divisor;
-  const bool leads = unit.leads(b);
-  const auto set_pivots = [&](int i) {
-    if (call.training && i < b.groups) Sample<T, kLayout>(b, unit, i).leave(b, unit, i);
-  };
-  set_pivots(unit.set + sets);
-#pragma unroll 1
-  for (int i = unit.set; i < b.groups; i += sets) {
-    const auto turn = b.turn(i);
-    Moments moments;
-    if (call.training) {
-      mbarrier_wait(b.summed(turn), turn.parity);
-      Sums<A> sums = block_sums(b, unit, turn);
-      if (p.team_kind == kClusterTeam)
-        sums = cluster_sums(b, unit, sums);
-      else if (p.team.divisor > 1)
-        sums = grid_sums(b, unit, i, sums);
-      moments = batch_moments(b.a, leads ? b.pivot(turn)[unit.local] : A(0), sums.s1, sums.s2);
-    } else {
-      moments.mean = channel.running_mean;
-      moments.var = channel.running_var;
+  // Set of warps that this one is in; unit in the group.
+  const int set = has_columns(kLayout) ? b.turn(b.warp).set : b.warp;
+  const int index = has_columns(kLayout) ? divide(b.warp, p.sets) : 0;
+  const int bits = has_columns(kLayout) ? b.layout.unit_bits : 0, unit_channels = 1 << bits;
+  // This lane's number among those of its channel; how many they are; its channel in the group.
+  const int part = b.lane >> bits, parts = 32 >> bits;
+  const int local = index * unit_channels + (b.lane & (unit_channels - 1));
+
+  // Whether this lane does for its channel what one lane does.
+  __device__ bool leads() const { return local < p.channels && part == 0; }
+  // This lane's channel in x, for group i of the block's team.
+  __device__ int channel_of(int i) const { return b.group(i) * p.channels + local; }
+  // Whether it needs pivots.
+  __device__ bool samples(int i) const { return call.training && i < b.groups; }
+
+  // Loads the sample of this lane's channel in group i. (One without a channel reads another's.)
+  __device__ Sample<T> sample(int i) const {
+    const int64_t channel = min(channel_of(i), int(call.C) - 1);
+    const bool apart = call.HW < kRunElements;
+    const int e = part % kRunElements;
+    Sample<T> s;
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) {
+      const unsigned seed = apart ? r * kRunElements + e : r;
+      const unsigned starts = unsigned(call.HW) - (apart ? 0 : kRunElements - 1);
+      const uint64_t n = __umulhi(seed * 0x9e3779b9u, unsigned(call.N)),
+                     at = __umulhi(seed * 0x85ebca6bu, starts) + uint64_t(apart ? 0 : e);
+      s.run[r] = static_cast<const T*>(
+          call.x)[n * b.a.image +
+                  (kLayout == kPixels ? channel + at * call.C : channel * call.HW + at)];
     }
-    const double inv_std = rsqrt(moments.var + call.eps);
-    if (leads) b.result(turn)[unit.local] = channel.result(moments.mean, inv_std);
-    mbarrier_arrive(b.ready(turn));
-    if (const int c = unit.channel(b, i); call.training && b.rank == 0 && leads && c < call.C)
-      channel.save(b.a, c, moments, inv_std, *b.factor());
-    set_pivots(i + 2 * sets);
-    channel = load_channel(b, unit, i + sets);
+    return s;
   }
-}
+
+  // Leaves a group's pivots, which the workers find behind the result of an earlier group.
+  __device__ void set_pivots(int i, const Sample<T>& s) const {
+    A sum = 0;
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) {
+      const A v = widen(s.run[r]), next = widen(s.run[(r + 1) % kRuns]);
+      sum += max(min(v, next), min(max(v, next), widen(s.run[(r + 2) % kRuns])));
+    }
+    const A mean = warp_sum(sum, unit_channels) * unit_channels / (kRuns * 32);
+    const A pivot = isfinite(mean) ? widen(round_to<T>(mean)) : A(0);
+    if (leads()) b.pivot(b.turn(i))[local] = pivot;
+  }
+
+  // A channel's sums over the block.
+  __device__ Sums<A> block_sums(Turn turn) const {
+    constexpr int kSize = Vector<T>::kSize;
+    const Sums<A>* const partial = b.partial(turn);
+    const int row = b.layout.partial_row, rows = b.layout.partial_rows;
+    Sums<A> sums;
+    // Adds entry `at` of rows first, first + step …
+    const auto add_rows = [&](Sums<A>& to, unsigned at, int first, int step) {
+#pragma unroll 2
+      for (int r = first; r < rows; r += step) to.add(partial[r * row + at]);
+    };
+    if constexpr (!has_columns(kLayout)) {
+      if (b.lane < rows) sums.add(partial[b.lane]);
+    } else if (local >= p.channels) {
+    } else if constexpr (kLayout == kPackedPlanes) {  // lanes share the columns of its plane
+      const unsigned first = local * unsigned(call.HW), end = first + unsigned(call.HW);
+#pragma unroll 1
+      for (unsigned c = first / kSize + part; c * kSize < end; c += parts)
+        add_rows(sums, 2 * c + (c * kSize < first), 0, 1);
+    } else {  // they share the rows; each pixel has an entry
+      const unsigned pixel = p.pixel.divisor * kSize, all = p.width.divisor * kSize;  // elements
+#pragma unroll 1
+      for (unsigned j = 0; j < p.pixels; ++j) {
+        const unsigned first = j * unsigned(call.C) + b.a.shift, in_row = first + local;
+        const unsigned periodic = in_row - (in_row < all ? 0 : all);
+        Sums<A> of_pixel;  // else there would be long chains of additions, see kChain
+        add_rows(of_pixel, pixel == all ? periodic : j * pixel + first % kSize + local, part,
+                 parts);
+        sums.add(of_pixel);
+      }
+    }
+    return warp_sum(sums, unit_channels);
+  }
+
+  // From a block's sums to its cluster's: each block sends them to all.
+  __device__ Sums<A> cluster_sums(const Sums<A>& own) const {
+    const int team = p.team.divisor;
+    SumSlot<A>* const slots = b.template at<SumSlot<A>>(b.layout.message_at) + local * team;
+    const bool exists = local < p.channels;
+#pragma unroll 1
+    for (int rank = part; exists && rank < team; rank += parts)
+      st_async(&slots[b.rank], rank, SumSlot<A>{own.s1, -own.s2}, b.gathered());
+    mbarrier_wait(b.gathered(), 0);
+    Sums<A> sums;
+#pragma unroll 1
+    for (int rank = part; exists && rank < team; rank += parts)
+      sums.add(Sums<A>{slots[rank].s1, -slots[rank].minus_s2});
+    return warp_sum(sums, unit_channels);
+  }
+
+  // From a block's sums to those of a team in the grid, by slots in memory: one for each block and
+  // channel, and one for the team's. Few are added up by each block for itself; of many, each
+  // channel is one block's, which leaves the team's sums for all.
+  __device__ Sums<A> grid_sums(int i, const Sums<A>& own) const {
+    const int team = p.team.divisor, channels = has_columns(kLayout) ? p.channels : 1;
+    const bool exists = local < channels, few = team <= 4 * kSlots * parts;
+    unsigned char* const group = b.a.scratch + b.group(i) * b.layout.group_bytes;
+    auto* const counter = reinterpret_cast<unsigned long long*>(group + index * kLineBytes);
+    auto* const slots = reinterpret_cast<SumSlot<A>*>(group + b.layout.units * kLineBytes);
+    auto* const total = slots + team * channels;
+    if (exists && part == 0)
+      st_relaxed(&slots[b.rank * channels + local], SumSlot<A>{own.s1, -own.s2});
+    if (few) {
+      // The count orders nothing: looking at all slots, again and again, would take L2's time.
+      if (b.lane == 0) atomicAdd(counter, 1);  // relaxed
+      while (b.lane == 0 && ld_relaxed(counter) < team) nanosleep();
+      __syncwarp();
+      return warp_sum(gather(slots + local, exists ? team : 0, channels, part, parts),
+                      unit_channels);
+    }
+#pragma unroll 1
+    for (int c = b.rank; c < channels; c += team) {
+      if (c >> bits != index) continue;
+      const Sums<A> sums = warp_sum(gather(slots + c, team, channels, b.lane, 32));
+      if (b.lane == 0) st_relaxed(&total[c], SumSlot<A>{sums.s1, -sums.s2});
+    }
+    return gather(total + local, exists, channels, 0, 1);
+  }
+
+  // Of this lane's channel in group i, if it is the one that needs it.
+  __device__ Channel<T> load_channel(int i) const {
+    const int c = channel_of(i);
+    Channel<T> channel;
+    if (!leads() || i >= b.groups || c >= call.C) return channel;
+    if (call.gamma) {
+      channel.gamma = load_parameter<T>(call.gamma, c, call.affine_float);
+      channel.beta = load_parameter<T>(call.beta, c, call.affine_float);
+    }
+    if (call.running_mean && (b.rank == 0 || !call.training)) {
+      channel.running_mean = load_parameter<T>(call.running_mean, c, call.running_float);
+      channel.running_var = load_parameter<T>(call.running_var, c, call.running_float);
+    }
+    return channel;
+  }
+
+  // `channel`: of the first group.
+  __device__ void exchange(Channel<T> channel) const {
+    const int sets = p.sets.divisor;
+    const auto prepare_pivots = [&](int i) {
+      if (samples(i)) set_pivots(i, sample(i));
+    };
+    prepare_pivots(set + sets);
+#pragma unroll 1
+    for (int i = set; i < b.groups; i += sets) {
+      const auto turn = b.turn(i);
+      Moments moments;
+      if (call.training) {
+        mbarrier_wait(b.summed(turn), turn.parity);
+        Sums<A> sums = block_sums(turn);
+        if (p.team_kind == kClusterTeam)
+          sums = cluster_sums(sums);
+        else if (p.team.divisor > 1)
+          sums = grid_sums(i, sums);
+        moments = batch_moments(b.a, leads() ? b.pivot(turn)[local] : A(0), sums.s1, sums.s2);
+      } else {
+        moments.mean = channel.running_mean;
+        moments.var = channel.running_var;
+      }
+      const double inv_std = rsqrt(moments.var + call.eps);
+      if (leads()) b.result(turn)[local] = channel.result(moments.mean, inv_std);
+      mbarrier_arrive(b.ready(turn));
+      if (const int c = channel_of(i); call.training && b.rank == 0 && leads() && c < call.C)
+        channel.save(b.a, c, moments, inv_std, *b.factor());
+      prepare_pivots(i + 2 * sets);
+      channel = load_channel(i + sets);
+    }
+  }
+};
 
 // -------------------------------------------------------------------------------------------------
 // The kernel
@@ -1381,7 +1355,7 @@ __device__ void exchange(const Block<T>& b, const Unit<T, kLayout>& unit, Channe
 template <typename T, Layout kLayout, bool kMany>
 __global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kMany, kLean))
     fused_batch_norm_forward_kernel(const __grid_constant__ Arguments a) {
-  using A = typename Accumulator<T>::type;
+  using A = Accumulator<T>;
   const Block<T> b(a);
   const Plan& p = a.plan;
   const FusedBatchNormCall& call = a.call;
@@ -1391,11 +1365,10 @@ __global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kMany, kLea
       factor = call.num_batches_tracked ? 1.0 / double(*call.num_batches_tracked + 1) : 0;
     *b.factor() = factor;
   }
-  const Unit<T, kLayout> unit(b);
-  // Sent for before x itself takes all of memory's time.
-  const bool samples = call.training && b.warp < p.exchange_warps && unit.set < b.groups;
-  Sample<T, kLayout> sample;
-  if (samples) sample = {b, unit, unit.set};
+  const ExchangeWarp<T, kLayout> warp{b};
+  const bool samples = b.warp < p.exchange_warps && warp.samples(warp.set);
+  Sample<T> sample;  // sent for before x itself takes all of memory's time
+  if (samples) sample = warp.sample(warp.set);
   const auto grid = cooperative_groups::this_grid();
   unsigned arrival = 0;
   if (p.team_kind == kGridTeam) {
@@ -1407,7 +1380,7 @@ __global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kMany, kLea
       st_relaxed(&slots[i], SumSlot<A>{0, 0});
     arrival = grid.barrier_arrive();
   }
-  if (samples) sample.leave(b, unit, unit.set);
+  if (samples) warp.set_pivots(warp.set, sample);
   // Behind the first loads.
   const auto begin = [&] {
     if (threadIdx.x == 0) {
@@ -1436,9 +1409,9 @@ __global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kMany, kLea
     if (call.training && batches && blockIdx.x == 0 && threadIdx.x == 0) atomicAdd(batches, 1);
   };
   // What the first group's channels need takes long to come: it is sent for ahead of their sums.
-  const auto prepare = [&] { return load_channel(b, unit, unit.set); };
+  const auto prepare = [&] { return warp.load_channel(warp.set); };
   work<T, kLayout, kMany>(b, begin, prepare, meet,
-                          [&](const Channel<T>& channel) { exchange(b, unit, channel); });
+                          [&](const Channel<T>& channel) { warp.exchange(channel); });
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -1784,7 +1757,7 @@ template <typename T>
 Launch typed_launch(const FusedBatchNormCall& call, const Device& device) {
   constexpr int kSize = Vector<T>::kSize;
   constexpr bool kDouble = sizeof(T) == 8;  // fewer kernels: masks are right for all planes
-  constexpr int kAccumulatorBytes = sizeof(typename Accumulator<T>::type);
+  constexpr int kAccumulatorBytes = sizeof(Accumulator<T>);
   const uintptr_t from_boundary = reinterpret_cast<uintptr_t>(call.x) % kVectorBytes;
   const bool masked = kDouble || call.HW % kSize != 0 || from_boundary != 0;
   const Plan plan =

@@ -137,17 +137,17 @@ MUTANTS = [
     # ---- the pivot
     (
         "sums about 0",
-        ("Sample::leave", "isfinite(mean) ? widen(round_to<T>(mean)) : A(0)", "0"),
+        ("set_pivots", "isfinite(mean) ? widen(round_to<T>(mean)) : A(0)", "0"),
     ),
     (
         "a pivot that is not finite",
-        ("Sample::leave", "isfinite(mean) ? widen(round_to<T>(mean)) : A(0)", "mean"),
+        ("set_pivots", "isfinite(mean) ? widen(round_to<T>(mean)) : A(0)", "mean"),
     ),
     (
         "the mean of a sample that an outlier is in",
         (
-            "Sample::leave",
-            "max(min(v, next), min(max(v, next), widen(run[(r + 2) % kRuns])))",
+            "set_pivots",
+            "max(min(v, next), min(max(v, next), widen(s.run[(r + 2) % kRuns])))",
             "v",
         ),
     ),
@@ -158,35 +158,35 @@ MUTANTS = [
     ("var about the pivot", ("batch_moments", "- s1 * offset", "")),
     (
         "each block its own pivot",
-        ("Sample::Sample", "seed * 0x9e3779b9u", "(seed + blockIdx.x) * 0x9e3779b9u"),
+        ("sample", "seed * 0x9e3779b9u", "(seed + blockIdx.x) * 0x9e3779b9u"),
     ),
     (
         "runs of samples that reach past the plane",
-        ("Sample::Sample", "- (apart ? 0 : kRunElements - 1)", ""),
+        ("sample", "- (apart ? 0 : kRunElements - 1)", ""),
     ),
     (
         "a sample of a channels-last x read as of NCHW",
-        ("Sample::Sample", "channel + at * call.C", "channel * call.HW + at"),
+        ("sample", "channel + at * call.C", "channel * call.HW + at"),
     ),
     (
         "a sample of the channel behind the last",
-        ("Sample::Sample", "min(unit.channel(b, i), int(call.C) - 1)", "unit.channel(b, i)"),
+        ("sample", "min(channel_of(i), int(call.C) - 1)", "channel_of(i)"),
     ),
     (
         "runs of twice as many elements",
-        ("Sample::Sample", "% kRunElements", "% (2 * kRunElements)"),
+        ("sample", "% kRunElements", "% (2 * kRunElements)"),
     ),
     (
         "the group before's pivot",
         (
-            "Sample::Sample",
-            "unit.channel(b, i)",
-            "unit.channel(b, max(i - int(b.p.sets.divisor), 0))",
+            "sample",
+            "channel_of(i)",
+            "channel_of(max(i - int(b.p.sets.divisor), 0))",
         ),
     ),
     (
         "pivots left in the place of the group before",
-        ("Sample::leave", "b.turn(i)", "b.turn(max(i - int(b.p.sets.divisor), 0))"),
+        ("set_pivots", "b.turn(i)", "b.turn(max(i - int(b.p.sets.divisor), 0))"),
     ),
     (
         "pivots of channels outside the group",
@@ -198,7 +198,7 @@ MUTANTS = [
     ),
     (
         "pivots left behind the result that shows them",
-        ("exchange", "set_pivots(unit.set + sets);", ""),
+        ("exchange", "prepare_pivots(set + sets);", ""),
         ("exchange", "i + 2 * sets", "i + sets"),
     ),
     # ---- groups: where vectors lie, which of their elements count, whose they are
@@ -553,8 +553,8 @@ MUTANTS = [
         "partial sums read before they are there",
         (
             "exchange",
-            "mbarrier_wait(b.summed(turn), turn.parity); Sums<A> sums = block_sums(b, unit, turn);",
-            "Sums<A> sums = block_sums(b, unit, turn); mbarrier_wait(b.summed(turn), turn.parity);",
+            "mbarrier_wait(b.summed(turn), turn.parity); Sums<A> sums = block_sums(turn);",
+            "Sums<A> sums = block_sums(turn); mbarrier_wait(b.summed(turn), turn.parity);",
         ),
     ),
     (
@@ -562,18 +562,22 @@ MUTANTS = [
         ("exchange", "mbarrier_arrive(b.ready(turn));", ""),
         (
             "exchange",
-            "if (leads) b.result(turn)[unit.local]",
-            "mbarrier_arrive(b.ready(turn)); if (leads) b.result(turn)[unit.local]",
+            "if (leads()) b.result(turn)[local]",
+            "mbarrier_arrive(b.ready(turn)); if (leads()) b.result(turn)[local]",
         ),
     ),
-    ("all lanes of a channel write its result", ("Unit::leads", "&& part == 0", "")),
+    ("all lanes of a channel write its result", ("ExchangeWarp::leads", "&& part == 0", "")),
     (
         "warps for one group's exchange only",
         ("Planner::with_team", "layout(p).units * (lag + 1)", "layout(p).units"),
     ),
     (
         "every unit takes the first channels",
-        ("Unit", "index * channels + (b.lane & (channels - 1))", "b.lane & (channels - 1)"),
+        (
+            "ExchangeWarp",
+            "index * unit_channels + (b.lane & (unit_channels - 1))",
+            "b.lane & (unit_channels - 1)",
+        ),
     ),
     # ---- the block's sums
     ("the last warp's sums left out", ("block_sums", "b.lane < rows", "b.lane < rows - 1")),
@@ -585,7 +589,7 @@ MUTANTS = [
     ("the last row of threads' sums forgotten", ("block_sums", "r < rows", "r < rows - 1")),
     (
         "pixel behind pixel: sums as of an aligned x",
-        ("block_sums", "in_row = first + unit", "in_row = first - b.a.shift + unit"),
+        ("block_sums", "in_row = first + local", "in_row = first - b.a.shift + local"),
     ),
     (
         "parts of pixels: sums as of an aligned x",
@@ -604,8 +608,8 @@ MUTANTS = [
         "sums sent to one block too many",
         (
             "cluster_sums",
-            "exists && rank < team; rank += unit.parts) st_async",
-            "exists && rank <= team; rank += unit.parts) st_async",
+            "exists && rank < team; rank += parts) st_async",
+            "exists && rank <= team; rank += parts) st_async",
         ),
     ),
     (
@@ -692,11 +696,11 @@ MUTANTS = [
     ),
     (
         "sums left at another block's place",
-        ("grid_sums", "&slots[b.rank * channels + unit.local]", "&slots[b.rank + unit.local]"),
+        ("grid_sums", "&slots[b.rank * channels + local]", "&slots[b.rank + local]"),
     ),
     (
         "a block leaves sums of channels outside the group",
-        ("grid_sums", "if (exists && unit.part == 0)", "if (unit.part == 0)"),
+        ("grid_sums", "if (exists && part == 0)", "if (part == 0)"),
     ),
     (
         "the team's sums of all channels in one place",
@@ -704,7 +708,7 @@ MUTANTS = [
     ),
     (
         "only the first unit's channels added up",
-        ("grid_sums", "c >> unit.bits != unit.index", "c >> unit.bits != 0"),
+        ("grid_sums", "c >> bits != index", "c >> bits != 0"),
     ),
     (
         "only as many channels added up as there are blocks",
@@ -712,7 +716,7 @@ MUTANTS = [
     ),
     (
         "the first block's sums taken for the team's",
-        ("grid_sums", "gather(total + unit.local", "gather(slots + unit.local"),
+        ("grid_sums", "gather(total + local", "gather(slots + local"),
     ),
     (
         "no place for the team's sums",
@@ -788,7 +792,7 @@ MUTANTS = [
     ("parameters of channels behind C", ("load_channel", "|| c >= call.C", "")),
     (
         "parameters of the group that is done",
-        ("exchange", "load_channel(b, unit, i + sets)", "load_channel(b, unit, i)"),
+        ("exchange", "load_channel(i + sets)", "load_channel(i)"),
     ),
     (
         "every block counts the batch",
