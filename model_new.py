@@ -1681,6 +1681,8 @@ struct Planner {
       const int slots = blocks * device.multiprocessors;
       for (const auto& [stages, lag] : stages_and_lag) {
         for (int teams = 1; teams <= std::min(slots, std::max(group.groups, 1)); ++teams) {
+          if (teams > 1 && ceil_div(group.groups, teams) == ceil_div(group.groups, teams - 1))
+            continue;  // smaller teams for as many rounds
           const int team = std::min(slots / teams, std::max(int(group.vectors / 256), 1));
           const int most = group.layout == kPixels ? 384
                            : blocks == 2           ? 256
