@@ -467,7 +467,7 @@ struct Plan {
   unsigned row_stride;    // vectors of x from a row to the next
   unsigned group_stride;  // vectors of x from a group to the next
   FastDivmod pixel;       // kPixels: vectors that cover a pixel's part of a row
-                          // kPackedPlanes: elements of a plane
+                          // else: elements of a plane
   int pixels;             // kPixels: pixels of a row
   // The team: blocks that share a group.
   TeamKind team_kind;  // 0 one block, 1 a cluster, 2 blocks of a cooperative launch
@@ -1460,22 +1460,23 @@ FastDivmod fast_divmod(int64_t divisor) {
   return {unsigned(divisor), unsigned(magic), shift};
 }
 
-// A group of one channel.
-Plan planes(const FusedBatchNormCall& call, int size, bool masked) {
+// A group of so many channels, whose planes together are whole vectors; or, `masked`, of one.
+Plan planes(const FusedBatchNormCall& call, int size, int channels, bool masked) {
   Plan p = {};
   const int64_t width =
-      std::max<int64_t>(masked ? (call.HW + size - 2) / size + 1 : call.HW / size, 1);
-  p.layout = masked ? kMaskedPlanes : kPlanes;
-  p.channels = 1;
-  p.groups = int(call.C);
+      std::max<int64_t>(masked ? (call.HW + size - 2) / size + 1 : call.HW * channels / size, 1);
+  p.layout = masked ? kMaskedPlanes : channels > 1 ? kPackedPlanes : kPlanes;
+  p.channels = channels;
+  p.groups = int(call.C / channels);
   p.vectors = call.C > 0 ? unsigned(call.N * width) : 0;
-  p.width = p.pixel = fast_divmod(width);
-  p.row_stride = unsigned(call.C * width);
+  p.width = fast_divmod(width);
+  p.pixel = fast_divmod(std::max<int64_t>(call.HW, 1));
+  p.row_stride = unsigned(p.groups * width);
   p.group_stride = unsigned(width);
   return p;
 }
 
-// A group of channels whose planes together are whole vectors.
+// The fewest channels whose planes together are whole vectors, if there are such groups.
 std::optional<Plan> packed_planes(const FusedBatchNormCall& call, int size, bool lean) {
   const int64_t channels = size / std::gcd<int64_t>(call.HW, size),
                 width = call.HW * channels / size;
@@ -1483,16 +1484,7 @@ std::optional<Plan> packed_planes(const FusedBatchNormCall& call, int size, bool
   if (channels == 1 || size == 2 || !aligned || call.C == 0 || call.C % channels ||
       call.HW < size - 1 || width > resident_threads(kPackedPlanes, size, false, lean) / 2 - 32)
     return {};
-  Plan p = planes(call, size, false);
-  p.layout = kPackedPlanes;
-  p.channels = int(channels);
-  p.groups = int(call.C / channels);
-  p.vectors = unsigned(call.N * width);
-  p.width = fast_divmod(width);
-  p.pixel = fast_divmod(call.HW);
-  p.row_stride = unsigned(call.C * call.HW / size);
-  p.group_stride = unsigned(width);
-  return p;
+  return planes(call, size, int(channels), false);
 }
 
 // A group of neighbouring channels of a channels-last x, `channels` of them where C allows it.
@@ -1736,7 +1728,7 @@ Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size,
     for (int channels = 2 * line;; channels /= 2)
       if (const auto p = planner.large(pixels(call, size, channels), many_rows)) return *p;
   }
-  const Plan group = planes(call, size, masked);
+  const Plan group = planes(call, size, 1, masked);
   const auto packed = packed_planes(call, size, planner.lean);
   if (packed)
     if (const auto p = call.training ? planner.small(*packed) : planner.eval(*packed)) return *p;
