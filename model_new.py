@@ -467,7 +467,7 @@ struct Plan {
   unsigned row_stride;    // vectors of x from a row to the next
   unsigned group_stride;  // vectors of x from a group to the next
   FastDivmod pixel;       // kPixels: vectors that cover a pixel's part of a row
-                          // else: elements of a plane
+                          // kPackedPlanes: elements of a plane
   int pixels;             // kPixels: pixels of a row
   // The team: blocks that share a group.
   TeamKind team_kind;  // 0 one block, 1 a cluster, 2 blocks of a cooperative launch
@@ -1470,7 +1470,7 @@ Plan planes(const FusedBatchNormCall& call, int size, int channels, bool masked)
   p.groups = int(call.C / channels);
   p.vectors = call.C > 0 ? unsigned(call.N * width) : 0;
   p.width = fast_divmod(width);
-  p.pixel = fast_divmod(std::max<int64_t>(call.HW, 1));
+  p.pixel = channels > 1 ? fast_divmod(call.HW) : p.width;
   p.row_stride = unsigned(p.groups * width);
   p.group_stride = unsigned(width);
   return p;

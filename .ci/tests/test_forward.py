@@ -89,13 +89,22 @@ def test_every_branch_of_the_plan_is_taken(target, pytestconfig):
     assert not missing, f"taken by none of {len(tried)} cases: {missing}"
 
 
+H100 = cases.Device(132, 227 << 10, (9, 0))
+
+
+def test_no_number_of_a_plan_overflows(target):
+    """For a plane of more than 2³¹ elements, which only the plan can be asked for here."""
+    cases.pretend(target, GPU or H100, schedule=0)
+    assert min(target.plan((2, 1, 2**15, 2**16), torch.float32).values()) >= 0
+
+
 def test_a_plan_takes_little_time(target):
     """It is part of every call: one of many candidates beside one of few, each the best of 50."""
-    cases.pretend(target, GPU or cases.Device(132, 227 << 10, (9, 0)), schedule=0)
-    plan = target.names["_fused_batch_norm"].fused_batch_norm_plan
+    cases.pretend(target, GPU or H100, schedule=0)
+    make_plan = target.names["_fused_batch_norm"].fused_batch_norm_plan
 
     def fastest(*sizes):
-        make = lambda: plan(*sizes, torch.float32, True, 0.1)
+        make = lambda: make_plan(*sizes, torch.float32, True, 0.1)
         return min(timeit.repeat(make, number=1, repeat=50))
 
     assert fastest(128, 256, 56 * 56) < 10 * fastest(128, 10, 1)
