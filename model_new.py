@@ -132,7 +132,7 @@ __device__ bool mbarrier_test_wait(Mbarrier* b, unsigned parity) {
   const unsigned at = shared_address(b);
   unsigned complete;
   ASM("{ .reg .pred p;"
-#if __CUDA_ARCH__ >= 900  // may sleep a while
+#if __CUDA_ARCH__ >= 900  // may sleep a while; shows what peers have sent, too
       "  mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;"
 #else
       "  mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
@@ -1460,6 +1460,11 @@ FastDivmod fast_divmod(int64_t divisor) {
   return {unsigned(divisor), unsigned(magic), shift};
 }
 
+// Bytes from a 16-byte boundary to x.
+int shift_bytes(const FusedBatchNormCall& call) {
+  return int(reinterpret_cast<uintptr_t>(call.x) % kVectorBytes);
+}
+
 // A group of so many channels, whose planes together are whole vectors; or, `masked`, of one.
 Plan planes(const FusedBatchNormCall& call, int size, int channels, bool masked) {
   Plan p = {};
@@ -1480,8 +1485,7 @@ Plan planes(const FusedBatchNormCall& call, int size, int channels, bool masked)
 std::optional<Plan> packed_planes(const FusedBatchNormCall& call, int size, bool lean) {
   const int64_t channels = size / std::gcd<int64_t>(call.HW, size),
                 width = call.HW * channels / size;
-  const bool aligned = reinterpret_cast<uintptr_t>(call.x) % kVectorBytes == 0;
-  if (channels == 1 || size == 2 || !aligned || call.C == 0 || call.C % channels ||
+  if (channels == 1 || size == 2 || shift_bytes(call) > 0 || call.C == 0 || call.C % channels ||
       call.HW < size - 1 || width > resident_threads(kPackedPlanes, size, false, lean) / 2 - 32)
     return {};
   return planes(call, size, int(channels), false);
@@ -1491,7 +1495,6 @@ std::optional<Plan> packed_planes(const FusedBatchNormCall& call, int size, bool
 Plan pixels(const FusedBatchNormCall& call, int size, int channels) {
   Plan p = {};
   const int64_t C = call.C, pixels = call.N * call.HW;
-  const bool aligned = reinterpret_cast<uintptr_t>(call.x) % kVectorBytes == 0;
   p.layout = kPixels;
   p.pixels = int(size / std::gcd<int64_t>(C, size));  // of a row, so that rows are whole vectors
   p.row_stride = unsigned(p.pixels * C / size);
@@ -1501,7 +1504,7 @@ Plan pixels(const FusedBatchNormCall& call, int size, int channels) {
     p.vectors = unsigned(ceil_div(pixels * C + size - 1, p.pixels * C)) * p.row_stride;
   } else {  // each pixel has vectors of its own; the first and last may hold other channels too
     p.channels = int(std::min<int64_t>(channels, (C + size - 1) / size * size));
-    const int pixel = p.channels / size + (p.pixels > 1 || !aligned);
+    const int pixel = p.channels / size + (p.pixels > 1 || shift_bytes(call) > 0);
     p.pixel = fast_divmod(pixel);
     p.width = fast_divmod(p.pixels * pixel);
     p.vectors = unsigned((pixels + p.pixels - 1) / p.pixels * p.width.divisor);
@@ -1752,8 +1755,7 @@ Launch typed_launch(const FusedBatchNormCall& call, const Device& device) {
   constexpr int kSize = Vector<T>::kSize;
   constexpr bool kDouble = sizeof(T) == 8;  // fewer kernels: masks are right for all planes
   constexpr int kAccumulatorBytes = sizeof(Accumulator<T>);
-  const uintptr_t from_boundary = reinterpret_cast<uintptr_t>(call.x) % kVectorBytes;
-  const bool masked = kDouble || call.HW % kSize != 0 || from_boundary != 0;
+  const bool masked = kDouble || call.HW % kSize != 0 || shift_bytes(call) > 0;
   const Plan plan =
       make_plan(call, device, kSize, kAccumulatorBytes, masked, sizeof(T) == 4 || !masked);
   const bool many =
@@ -1769,13 +1771,21 @@ Launch typed_launch(const FusedBatchNormCall& call, const Device& device) {
                     : fused_batch_norm_forward_kernel<T, kPlanes, false>;
   }
   if (plan.layout == kPixels) kernel = fused_batch_norm_forward_kernel<T, kPixels, false>;
-  const int shift = int(from_boundary / sizeof(T));
+  const int shift = shift_bytes(call) / int(sizeof(T));
   const double count = double(call.N) * double(call.HW);
-  return {kernel,
-          {call, plan, SharedLayout(plan, kAccumulatorBytes, kSize),
-           static_cast<const T*>(call.x) - shift, static_cast<T*>(call.y) - shift, nullptr, shift,
-           unsigned((call.N * call.C * call.HW + shift) / kSize), uint64_t(call.C * call.HW),
-           int(call.HW - (int64_t(plan.width.divisor) - 2) * kSize), 1 / count, 1 / (count - 1)}};
+  const Arguments a{call,
+                    plan,
+                    SharedLayout(plan, kAccumulatorBytes, kSize),
+                    static_cast<const T*>(call.x) - shift,
+                    static_cast<T*>(call.y) - shift,
+                    nullptr,
+                    shift,
+                    unsigned((call.N * call.C * call.HW + shift) / kSize),
+                    uint64_t(call.C * call.HW),
+                    int(call.HW - (int64_t(plan.width.divisor) - 2) * kSize),
+                    1 / count,
+                    1 / (count - 1)};
+  return {kernel, a};
 }
 
 Launch make_launch(const FusedBatchNormCall& call, const Device& device) {

@@ -274,7 +274,7 @@ MUTANTS = [
     ),
     (
         "no vector more where x is not aligned",
-        ("pixels", "(p.pixels > 1 || !aligned)", "(p.pixels > 1)"),
+        ("pixels", "(p.pixels > 1 || shift_bytes(call) > 0)", "(p.pixels > 1)"),
     ),
     (
         "no row more where x is not aligned",
@@ -290,7 +290,7 @@ MUTANTS = [
     ),
     (
         "packed though x is not aligned",
-        ("packed_planes", "!aligned ||", ""),
+        ("packed_planes", "shift_bytes(call) > 0 ||", ""),
     ),
     (
         "three channels in a vector",
