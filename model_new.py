@@ -1304,10 +1304,8 @@ struct ExchangeWarp {
     const int c = channel_of(i);
     Channel<T> channel;
     if (!leads() || i >= b.groups || c >= call.C) return channel;
-    if (call.gamma) {
-      channel.gamma = load_parameter<T>(call.gamma, c, call.affine_float);
-      channel.beta = load_parameter<T>(call.beta, c, call.affine_float);
-    }
+    if (call.gamma) channel.gamma = load_parameter<T>(call.gamma, c, call.affine_float);
+    if (call.beta) channel.beta = load_parameter<T>(call.beta, c, call.affine_float);
     if (call.running_mean && (b.rank == 0 || !call.training)) {
       channel.running_mean = load_parameter<T>(call.running_mean, c, call.running_float);
       channel.running_var = load_parameter<T>(call.running_var, c, call.running_float);
@@ -1853,12 +1851,15 @@ FUSED_BATCH_NORM_CPP = r"""
 #include <ATen/ops/native_batch_norm_backward.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 
 // The arguments of the operators, as declared, as handed on and as PyTorch's schema.
 #define PARAMETERS                                                                \
@@ -1878,6 +1879,7 @@ FUSED_BATCH_NORM_CPP = r"""
 namespace {
 
 using at::Tensor;
+using c10::MemoryFormat;
 using c10::ScalarType;
 using c10::SymInt;
 using std::string;
@@ -1916,8 +1918,8 @@ void check(PARAMETERS) {
   TORCH_CHECK(x.is_cuda() || x.is_meta(), must("x", "be on a CUDA device", show(x)));
   dtype_code(x.scalar_type());
   const auto check_pair = [&](const char* names, const MaybeTensor& p, const MaybeTensor& q) {
-    TORCH_CHECK(p.has_value() == q.has_value() && (!p || p->dtype() == q->dtype()),
-                must(names, "be two of one type, or None", show(p) + " and " + show(q)));
+    TORCH_CHECK(!p || !q || p->dtype() == q->dtype(),
+                must(names, "be of one type", show(p) + " and " + show(q)));
   };
   const auto check_one = [&](const char* name, const MaybeTensor& p) {
     TORCH_CHECK(!p || (p->dim() == 1 && p->sym_size(0) == x.sym_size(1) &&
@@ -1932,6 +1934,9 @@ void check(PARAMETERS) {
   check_one("running_var", running_var);
   check_pair("gamma and beta", gamma, beta);
   check_pair("running_mean and running_var", running_mean, running_var);
+  TORCH_CHECK(running_mean.has_value() == running_var.has_value(),
+              must("running_mean and running_var", "be both given, or both None",
+                   show(running_mean) + " and " + show(running_var)));
   TORCH_CHECK(!running_mean || (running_mean->is_contiguous() && running_var->is_contiguous()),
               must("running_mean and running_var", "be contiguous", "other strides"));
   TORCH_CHECK(training || running_mean, must("running_mean", "be given in eval mode", "None"));
@@ -1939,6 +1944,10 @@ void check(PARAMETERS) {
   TORCH_CHECK(!count || (count->dtype() == at::kLong && count->sym_numel() == 1 &&
                          (count->device() == x.device() || x.is_meta())),
               must("num_batches_tracked", "be one int64 on x's device", show(count)));
+  for (const auto* buffer : {&running_mean, &running_var, &num_batches_tracked})
+    TORCH_CHECK(
+        !training || !*buffer || !(*buffer)->is_inference() || c10::InferenceMode::is_enabled(),
+        must("buffers made under inference_mode", "be changed under it", "training"));
   TORCH_CHECK_VALUE(!training || x.sym_size(0) * x.sym_size(2) * x.sym_size(3) != 1,
                     must("x", "have more than 1 value per channel when training", show(x)));
   TORCH_CHECK_VALUE(
@@ -1946,21 +1955,79 @@ void check(PARAMETERS) {
       must("eps", training ? "be positive when training" : "not be negative", std::to_string(eps)));
 }
 
+// x's layout, decided once: where the kernel finds the elements of x, where it writes those of y,
+// and what backward is called with. Strides of sizes of 1 say nothing about that, nor do they here.
+MemoryFormat format_of(const Tensor& x) {
+  const bool contiguous = x.is_contiguous(),
+             channels_last = x.is_contiguous(MemoryFormat::ChannelsLast);
+  if (contiguous != channels_last)
+    return contiguous ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast;
+  // Neither: the copy's, as PyTorch chooses it. Both: the elements lie in the same places, except
+  // that there are none in an empty x, all of which are contiguous, but not all channels-last.
+  if (contiguous && x.sym_numel() == 0) return MemoryFormat::ChannelsLast;
+  return x.suggest_memory_format();
+}
+
+// The part of a call that the plan is made from. The kernel numbers in 32 bits: what does not fit
+// is refused here, and all products below fit into 64. got(): what to say of such an x.
+template <typename Got>
+FusedBatchNormCall sized_call(int64_t N, int64_t C, int64_t HW, ScalarType type, int64_t shift,
+                              bool channels_last, Got got) {
+  FusedBatchNormCall call{};
+  call.dtype = dtype_code(type);
+  call.channels_last = HW == 1 || (channels_last && C > 1);  // the same places, a better plan
+  if (N == 0 || C == 0 || HW == 0) return call;              // nothing to do but to count the batch
+  call.N = N;
+  call.C = C;
+  call.HW = HW;
+  constexpr int64_t kMostOfX = (int64_t(1) << 32) - 64,
+                    kMostOfGroup = (int64_t(1) << 31) - (1 << 20),
+                    kMostChannels = (int64_t(1) << 31) - 512;
+  const int64_t item = c10::elementSize(type), size = kVectorBytes / item;
+  TORCH_CHECK(double(N) * double(C) * double(HW) < double(kMostOfX * size),
+              must("x", "have less than 64 GB", got()));
+  TORCH_CHECK(C < kMostChannels,
+              must("x", "have fewer than " + std::to_string(kMostChannels) + " channels", got()));
+  // Vectors of the narrowest group of channels that there is, edges included.
+  int64_t vectors;
+  if (call.channels_last) {
+    // A row is the fewest pixels that are whole vectors together; the last one reaches beyond x.
+    const int64_t pixels = size / std::gcd(C, size), rows = (N * HW + pixels - 1) / pixels,
+                  row = pixels * C / size, line = 128 / kVectorBytes;
+    TORCH_CHECK(
+        rows * row < kMostOfX,
+        must("x", "have less than 64 GB in whole rows of " + std::to_string(pixels) + " pixels",
+             got()));
+    const bool edges = pixels > 1 || shift > 0;
+    vectors = pixels > 1 && C <= line * size
+                  ? (rows + 1) * row
+                  : rows * pixels * (std::min((C + size - 1) / size, line) + edges);
+  } else {
+    const bool edges = type == at::kDouble || HW % size > 0 || shift > 0;
+    vectors = N * (edges ? (HW + size - 2) / size + 1 : HW / size);
+  }
+  TORCH_CHECK(
+      vectors < kMostOfGroup,
+      must("x",
+           string("have fewer than ") + std::to_string(kMostOfGroup) + " vectors of 16 bytes in " +
+               (call.channels_last ? "neighbouring channels" : "a channel's planes"),
+           std::to_string(vectors) + " in " + got()));
+  return call;
+}
+
 // Straight from the allocator: at::empty would fill it, with a kernel of its own, under
 // torch.use_deterministic_algorithms(True).
 Tensor allocate(c10::SymIntArrayRef sizes, ScalarType type, const Tensor& like,
-                c10::MemoryFormat format = c10::MemoryFormat::Contiguous) {
-  return at::detail::empty_generic_symint(sizes, c10::GetAllocator(like.device().type()),
-                                          c10::DispatchKeySet(like.options().computeDispatchKey()),
-                                          type, format);
+                MemoryFormat format = MemoryFormat::Contiguous) {
+  auto* const allocator =
+      like.is_meta() ? c10::GetAllocator(at::kMeta) : c10::cuda::CUDACachingAllocator::get();
+  return at::detail::empty_generic_symint(
+      sizes, allocator, c10::DispatchKeySet(like.options().computeDispatchKey()), type, format);
 }
 
-// NCHW or channels-last as x, from element `shift` of its memory on; no view, since autograd lets
-// nobody change a view that a custom operator returns.
-Tensor allocate_y(const Tensor& x, const SymInt& shift) {
-  auto format = x.suggest_memory_format();
-  if (x.sym_numel() == 0 && x.is_contiguous(c10::MemoryFormat::ChannelsLast))
-    format = c10::MemoryFormat::ChannelsLast;  // not suggested for an empty x
+// From element `shift` of its memory on; no view, since autograd lets nobody change a view that a
+// custom operator returns.
+Tensor allocate_y(const Tensor& x, MemoryFormat format, const SymInt& shift) {
   if (shift == 0) return allocate(x.sym_sizes(), x.scalar_type(), x, format);
   Tensor y = allocate({x.sym_numel() + shift}, x.scalar_type(), x);
   auto* impl = y.unsafeGetTensorImpl();
@@ -1970,64 +2037,50 @@ Tensor allocate_y(const Tensor& x, const SymInt& shift) {
   return y;
 }
 
-int64_t elements_behind_boundary(const Tensor& t) {
-  return int64_t(uintptr_t(t.const_data_ptr()) % kVectorBytes / t.element_size());
-}
-
 // One launch. For x without memory (fake and meta tensors) none, but outputs of the same layouts.
 Outputs run(PARAMETERS) {
   check(ARGUMENTS);
-  const SymInt shift = x.is_meta()
-                           ? x.sym_storage_offset() % SymInt(kVectorBytes / x.element_size())
-                           : SymInt(elements_behind_boundary(x));
+  const c10::DeviceGuard guard(x.device());  // before memory is asked for
+  const MemoryFormat format = format_of(x);
+  const bool dense = x.is_contiguous(format);
+  // What the kernel reads; y lies as far behind a boundary. x that is not dense costs a copy.
+  const Tensor x_dense = dense || x.is_meta() ? x : x.contiguous(format);
+  const SymInt vector = kVectorBytes / x.element_size();
+  const SymInt shift =
+      !x.is_meta()
+          ? SymInt(int64_t(uintptr_t(x_dense.const_data_ptr()) % kVectorBytes) / x.element_size())
+      : dense ? x.sym_storage_offset() % vector
+              : SymInt(0);
+  FusedBatchNormCall call{};
+  if (!x.unsafeGetTensorImpl()->has_symbolic_sizes_strides())
+    call =
+        sized_call(x.size(0), x.size(1), x.size(2) * x.size(3), x.scalar_type(), shift.expect_int(),
+                   format == MemoryFormat::ChannelsLast, [&] { return show(x); });
   const auto wide = x.dtype() == at::kDouble ? at::kDouble : at::kFloat;
   const SymInt saved = training ? x.sym_size(1) : SymInt(0);
-  const Outputs outputs{allocate_y(x, shift), allocate({2, saved}, wide, x)};
+  const Outputs outputs{allocate_y(x, format, shift), allocate({2, saved}, wide, x)};
   const auto& [y, statistics] = outputs;
   if (x.is_meta()) return outputs;
 
-  const int64_t N = x.size(0), C = x.size(1), HW = x.size(2) * x.size(3);
-  const bool channels_last =
-      HW == 1 || (!x.is_contiguous() && x.is_contiguous(c10::MemoryFormat::ChannelsLast));
-  // The kernel numbers 16-byte vectors: those of x in 32 bits; in 31 bits those of a group of
-  // channels, in each plane, or in each pixel's 256 bytes, with two more for the edges.
-  const int64_t item = x.element_size(),
-                row = channels_last ? std::min<int64_t>(C * item, 256) : HW * item;
-  const int64_t rows = channels_last ? N * HW : N;
-  TORCH_CHECK(rows * (row / kVectorBytes + 2) < (int64_t(1) << 31) - (1 << 20) &&
-                  x.numel() * item / kVectorBytes < (int64_t(1) << 32) - 2,
-              must("x", "have less than 32 GB a channel and 64 GB in all", show(x)));
-  const c10::DeviceGuard guard(x.device());
-  // The kernel takes dense x, and y as far behind a boundary. Anything else costs copies.
-  const Tensor x_dense = channels_last && HW > 1 ? x : x.contiguous();
-  const int64_t x_shift = elements_behind_boundary(x_dense);
-  const bool direct = y.strides() == x_dense.strides() && x_shift == shift;
-  const Tensor y_dense = direct ? y : allocate_y(x_dense, x_shift);
   const auto packed = [](const MaybeTensor& p) { return p ? p->contiguous() : p; };
   const auto data = [](const MaybeTensor& p) { return p ? p->mutable_data_ptr() : nullptr; };
   const auto is_float = [](const MaybeTensor& p) { return p && p->dtype() == at::kFloat; };
   const MaybeTensor packed_gamma = packed(gamma), packed_beta = packed(beta);
-  FusedBatchNormCall call{};
   call.x = x_dense.const_data_ptr();
-  call.y = y_dense.mutable_data_ptr();
+  call.y = y.mutable_data_ptr();
   call.gamma = data(packed_gamma);
   call.beta = data(packed_beta);
   call.running_mean = data(running_mean);
   call.running_var = data(running_var);
   call.num_batches_tracked = static_cast<int64_t*>(data(num_batches_tracked));
   call.mean = statistics.mutable_data_ptr();
-  call.inv_std = static_cast<char*>(call.mean) + C * statistics.element_size();
-  call.N = N;
-  call.C = x.numel() > 0 ? C : 0;  // nothing to do but to count the batch
-  call.HW = HW;
+  call.inv_std = static_cast<char*>(call.mean) + x.size(1) * statistics.element_size();
   call.eps = eps;
   call.momentum = momentum.value_or(0);
   call.cumulative = !momentum.has_value();
-  call.dtype = dtype_code(x.scalar_type());
-  call.affine_float = is_float(gamma);
+  call.affine_float = is_float(gamma) || is_float(beta);
   call.running_float = is_float(running_mean);
   call.training = training;
-  call.channels_last = channels_last;
   // Freed on return: the allocator gives it away again only behind this launch on this stream.
   std::pair<const Tensor&, Tensor> scratch{x, {}};
   const auto allocate_scratch = [](size_t bytes, void* context) {
@@ -2038,11 +2091,12 @@ Outputs run(PARAMETERS) {
   const auto stream_of = &c10::cuda::getCurrentCUDAStream;
   const char* error =
       fused_batch_norm_launch(&call, allocate_scratch, &scratch, stream_of(x.device().index()));
-  TORCH_CHECK(!error, must("fused_batch_norm_forward_kernel", "run for x " + show(x),
+  TORCH_CHECK(!error, must("fused_batch_norm_forward_kernel",
+                           (training ? "train with x " : "normalise x ") + show(x),
                            string("CUDA error: ") + error));
+  // Nothing is refused any more.
   for (const auto* buffer : {&running_mean, &running_var, &num_batches_tracked})
     if (training && *buffer) (*buffer)->unsafeGetTensorImpl()->bump_version();
-  if (!direct) y.copy_(y_dense);
   return outputs;
 }
 
@@ -2069,10 +2123,23 @@ Tensor fused_batch_norm_forward(PARAMETERS) {
   return std::get<0>(run(ARGUMENTS));
 }
 
+// t in this format, with its own strides for sizes of 1, too: PyTorch's backward on the CPU decides
+// by those, and of x and its gradient apart.
+Tensor in_format(const Tensor& t, MemoryFormat format) {
+  const Tensor dense = t.contiguous(format);
+  const SymInt C = t.sym_size(1), H = t.sym_size(2), W = t.sym_size(3);
+  const std::array<SymInt, 4> strides = format == MemoryFormat::ChannelsLast
+                                            ? std::array<SymInt, 4>{H * W * C, 1, W * C, C}
+                                            : std::array<SymInt, 4>{C * H * W, H * W, W, 1};
+  const bool own = std::equal(strides.begin(), strides.end(), dense.sym_strides().begin());
+  return own ? dense : dense.as_strided_symint(dense.sym_sizes(), strides);
+}
+
 struct FusedBatchNormBackward final : Node {
   std::array<SavedVariable, 5> saved;  // x, gamma, running_mean, running_var, statistics
   double eps;
   bool training;
+  ScalarType affine_type;  // of gamma and beta
 
   string name() const override { return "FusedBatchNormBackward"; }
 
@@ -2087,20 +2154,29 @@ struct FusedBatchNormBackward final : Node {
     for (size_t i = 0; i < saved.size(); ++i) unpacked[i] = saved[i].unpack();
     const auto& [x, gamma, running_mean, running_var, statistics] = unpacked;
     if (!grads[0].defined()) return std::vector<Tensor>(3);
-    const auto zeros = [](const Tensor& p) { return p.defined() ? at::zeros_like(p) : p; };
-    if (x.sym_numel() == 0) return {zeros(x), zeros(gamma), zeros(gamma)};
+    const auto needed = [&](size_t i) { return task_should_compute_output(i); };
+    const auto per_channel = x.options().dtype(affine_type);
+    if (x.sym_numel() == 0) {
+      const auto zeros = [&](size_t i) {
+        return needed(i) ? x.new_zeros_symint({x.sym_size(1)}, per_channel) : Tensor();
+      };
+      return {at::zeros_like(x), zeros(1), zeros(2)};
+    }
     // PyTorch's kernels take all else in float32 whatever x is, but not every mixture.
     const auto wide = x.dtype() == at::kDouble ? at::kDouble : at::kFloat;
     const auto widen = [&](const Tensor& p) { return p.defined() ? p.to(wide) : p; };
     const Tensor none = training ? Tensor() : running_mean.narrow(0, 0, 0).to(wide);  // [0]
     const Tensor mean = training ? statistics.select(0, 0) : none;
     const Tensor inv_std = training ? statistics.select(0, 1) : none;
-    const auto needed = [&](size_t i) { return task_should_compute_output(i); };
+    // Without gamma they would put the gradient of beta where an undefined tensor is: on the CPU.
+    const bool ones = !gamma.defined() && needed(2);
+    const Tensor scale = ones ? x.new_ones_symint({x.sym_size(1)}, per_channel) : gamma;
+    const MemoryFormat format = format_of(x);
     auto [grad_x, grad_gamma, grad_beta] = at::native_batch_norm_backward(
-        grads[0], x, widen(gamma), widen(running_mean), widen(running_var), mean, inv_std, training,
-        eps, {needed(0), needed(1), needed(2)});
-    const auto as_gamma = [&](const Tensor& p) { return p.defined() ? p.to(gamma.dtype()) : p; };
-    return {grad_x, as_gamma(grad_gamma), as_gamma(grad_beta)};
+        in_format(grads[0], format), in_format(x, format), widen(scale), widen(running_mean),
+        widen(running_var), mean, inv_std, training, eps, {needed(0), needed(1), needed(2)});
+    const auto narrow = [&](const Tensor& p) { return p.defined() ? p.to(affine_type) : p; };
+    return {grad_x, narrow(grad_gamma), narrow(grad_beta)};
   }
 };
 
@@ -2128,11 +2204,15 @@ Outputs run_with_autograd(PARAMETERS) {
   node->set_next_edges(collect_next_edges(x, gamma, beta));
   node->eps = eps;
   node->training = training;
-  const Outputs outputs = run_below();
+  const MaybeTensor& affine = gamma ? gamma : beta;
+  node->affine_type = affine ? affine->scalar_type() : x.scalar_type();
   const auto save = [](const MaybeTensor& t) { return SavedVariable(t, false); };
   const MaybeTensor none;
+  // Before the launch: it is refused, say, for an x that was made under inference_mode.
   node->saved = {save(x), save(gamma), save(training ? none : running_mean),
-                 save(training ? none : running_var), save(std::get<1>(outputs))};
+                 save(training ? none : running_var), save(none)};
+  const Outputs outputs = run_below();
+  node->saved.back() = save(std::get<1>(outputs));
   set_history(std::get<0>(outputs), owner);
   return outputs;
 }
@@ -2140,17 +2220,17 @@ Outputs run_with_autograd(PARAMETERS) {
 // The launch plan of a contiguous, aligned x on the current device: the words of struct Plan.
 std::vector<int64_t> plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bool training,
                           MaybeDouble momentum, bool channels_last) {
+  const auto got = [&] {
+    return string(c10::toString(dtype)) + " (N = " + std::to_string(N) +
+           ", C = " + std::to_string(C) + ", HW = " + std::to_string(HW) + ")";
+  };
+  TORCH_CHECK(N >= 0 && C >= 0 && HW >= 0, must("N, C and HW", "not be negative", got()));
   int64_t counter;
-  FusedBatchNormCall call{};
+  FusedBatchNormCall call = sized_call(N, C, HW, dtype, 0, channels_last, got);
   call.num_batches_tracked = &counter;
-  call.N = N;
-  call.C = C;
-  call.HW = HW;
   call.momentum = momentum.value_or(0);
   call.cumulative = !momentum.has_value();
-  call.dtype = dtype_code(dtype);
   call.training = training;
-  call.channels_last = channels_last || HW == 1;
   int words[64] = {};
   const char* error = fused_batch_norm_plan(&call, words, sizeof words);
   TORCH_CHECK(!error, must("the device", "run the kernel", string("CUDA error: ") + error));
@@ -2308,7 +2388,7 @@ class ModelNew(torch.nn.Module):
             self.eps,
             running_mean,
             buffers["running_var"],
-            buffers["num_batches_tracked"],
+            buffers["num_batches_tracked"] if self.training else None,
             self.training or running_mean is None,
             self.momentum,
         )
