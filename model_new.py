@@ -24,10 +24,12 @@ neighbouring channels, each element of a vector another one. make_plan() in the 
 the group, the team, and how many rows and groups under way a block has, from shape and device.
 """
 
+import contextlib
+import hashlib
+import logging
 import os
 import shutil
 import sys
-import warnings
 
 import torch
 import torch.utils.cpp_extension
@@ -1971,7 +1973,7 @@ MemoryFormat format_of(const Tensor& x) {
 // The part of a call that the plan is made from. The kernel numbers in 32 bits: what does not fit
 // is refused here, and all products below fit into 64. got(): what to say of such an x.
 template <typename Got>
-FusedBatchNormCall sized_call(int64_t N, int64_t C, int64_t HW, ScalarType type, int64_t shift,
+FusedBatchNormCall sized_call(int64_t N, int64_t C, int64_t HW, ScalarType type, bool unaligned,
                               bool channels_last, Got got) {
   FusedBatchNormCall call{};
   call.dtype = dtype_code(type);
@@ -1998,12 +2000,12 @@ FusedBatchNormCall sized_call(int64_t N, int64_t C, int64_t HW, ScalarType type,
         rows * row < kMostOfX,
         must("x", "have less than 64 GB in whole rows of " + std::to_string(pixels) + " pixels",
              got()));
-    const bool edges = pixels > 1 || shift > 0;
+    const bool edges = pixels > 1 || unaligned;
     vectors = pixels > 1 && C <= line * size
                   ? (rows + 1) * row
                   : rows * pixels * (std::min((C + size - 1) / size, line) + edges);
   } else {
-    const bool edges = type == at::kDouble || HW % size > 0 || shift > 0;
+    const bool edges = type == at::kDouble || HW % size > 0 || unaligned;
     vectors = N * (edges ? (HW + size - 2) / size + 1 : HW / size);
   }
   TORCH_CHECK(
@@ -2045,17 +2047,16 @@ Outputs run(PARAMETERS) {
   const bool dense = x.is_contiguous(format);
   // What the kernel reads; y lies as far behind a boundary. x that is not dense costs a copy.
   const Tensor x_dense = dense || x.is_meta() ? x : x.contiguous(format);
-  const SymInt vector = kVectorBytes / x.element_size();
-  const SymInt shift =
-      !x.is_meta()
-          ? SymInt(int64_t(uintptr_t(x_dense.const_data_ptr()) % kVectorBytes) / x.element_size())
-      : dense ? x.sym_storage_offset() % vector
-              : SymInt(0);
+  const int64_t item = x.element_size();
+  SymInt shift = 0;  // elements from a 16-byte boundary to x_dense
+  if (x.sym_numel() != 0 && x.is_meta() && dense)
+    shift = x.sym_storage_offset() % SymInt(kVectorBytes / item);
+  else if (x.sym_numel() != 0 && !x.is_meta())
+    shift = int64_t(uintptr_t(x_dense.const_data_ptr()) % kVectorBytes) / item;
   FusedBatchNormCall call{};
   if (!x.unsafeGetTensorImpl()->has_symbolic_sizes_strides())
-    call =
-        sized_call(x.size(0), x.size(1), x.size(2) * x.size(3), x.scalar_type(), shift.expect_int(),
-                   format == MemoryFormat::ChannelsLast, [&] { return show(x); });
+    call = sized_call(x.size(0), x.size(1), x.size(2) * x.size(3), x.scalar_type(), shift != 0,
+                      format == MemoryFormat::ChannelsLast, [&] { return show(x); });
   const auto wide = x.dtype() == at::kDouble ? at::kDouble : at::kFloat;
   const SymInt saved = training ? x.sym_size(1) : SymInt(0);
   const Outputs outputs{allocate_y(x, format, shift), allocate({2, saved}, wide, x)};
@@ -2226,7 +2227,7 @@ std::vector<int64_t> plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bo
   };
   TORCH_CHECK(N >= 0 && C >= 0 && HW >= 0, must("N, C and HW", "not be negative", got()));
   int64_t counter;
-  FusedBatchNormCall call = sized_call(N, C, HW, dtype, 0, channels_last, got);
+  FusedBatchNormCall call = sized_call(N, C, HW, dtype, false, channels_last, got);
   call.num_batches_tracked = &counter;
   call.momentum = momentum.value_or(0);
   call.cumulative = !momentum.has_value();
@@ -2277,26 +2278,36 @@ def _build_fused_batch_norm():
     if shutil.which("ninja") is None:  # a venv that is not activated keeps it beside its python
         beside = os.path.dirname(sys.executable)
         os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
-    if (
-        torch.cuda.is_available()
-    ):  # for the devices that are here, whatever TORCH_CUDA_ARCH_LIST says
+    arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if torch.cuda.is_available():  # for the devices that are here, whatever the list says
         devices = range(torch.cuda.device_count())
         capabilities = {torch.cuda.get_device_capability(i) for i in devices}
         architectures = [f"-gencode=arch=compute_{a}{b},code=sm_{a}{b}" for a, b in capabilities]
-    elif os.environ.get("TORCH_CUDA_ARCH_LIST"):
+    elif arch_list:
         architectures = []  # torch's own flags, made from the list
     else:
         return None, "a CUDA device must be present (or TORCH_CUDA_ARCH_LIST set), got none"
-    directory = extension._get_build_directory("fused_batch_norm", verbose=False)
+    cpp_source = FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CPP
+    cuda_source = FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CUDA
+    # A directory, and operators, for each build: torch would load what another process built there.
+    built_from = (cpp_source, cuda_source, sorted(architectures) or arch_list, torch.__version__)
+    digest = hashlib.sha256(repr(built_from).encode()).hexdigest()[:12]
+    name = "_".join(("fused_batch_norm", digest))
+    directory = None
+    with contextlib.suppress(OSError):
+        directory = extension._get_build_directory(name, verbose=False)
+    if directory is None or not os.access(directory, os.W_OK):
+        setting = os.environ.get("TORCH_EXTENSIONS_DIR", "none, and a home that cannot")
+        return None, f"TORCH_EXTENSIONS_DIR must be a directory that can be written, got {setting}"
     lock = os.path.join(directory, "lock")
-    if os.path.exists(lock):  # torch would wait without a word, and for ever if nobody builds
-        warnings.warn(
-            f"waiting for the build that holds {lock}: delete it if none is running", stacklevel=2
-        )
+    if hasattr(extension, "FileBaton") and os.path.exists(lock):  # not so from torch 2.14 on
+        # torch would wait without a word, and for ever if nobody builds.
+        waiting = "waiting for the build that holds %s: delete it if none is running"
+        logging.getLogger("fused_batch_norm").warning(waiting, lock)
     library = extension.load_inline(
-        name="fused_batch_norm",
-        cpp_sources=[FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CPP],
-        cuda_sources=[FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CUDA],
+        name=name,
+        cpp_sources=[cpp_source],
+        cuda_sources=[cuda_source],
         extra_cflags=["-O1"],  # it only checks and launches
         extra_cuda_cflags=["-O3", "-split-compile=0", "-Xcompiler=-O1", *sorted(architectures)],
         no_implicit_headers=True,
