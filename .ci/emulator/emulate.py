@@ -203,10 +203,14 @@ def load(text, *, build_dir=None):
     return namespace
 
 
-def set_device(multiprocessors=3, shared_bytes=16 * 1024, capability=(9, 0)):
-    """The pretended device. shared_bytes: of one block, up to 256 KB; an SM has 1 KB more."""
+def set_device(multiprocessors=3, shared_bytes=16 * 1024, capability=(9, 0), granted=None):
+    """The pretended device. shared_bytes: of one block, up to 256 KB; an SM has 1 KB more.
+
+    granted: of the multiprocessors, those that launches may use, as in a green context.
+    """
     major, minor = capability
-    _runtime.emulator_set_device(multiprocessors, shared_bytes, 10 * major + minor)
+    granted = multiprocessors if granted is None else granted
+    _runtime.emulator_set_device(multiprocessors, shared_bytes, 10 * major + minor, granted)
 
 
 def set_schedule(seed, policy=None):

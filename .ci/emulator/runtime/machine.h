@@ -143,6 +143,7 @@ struct RelaxedStore {           // done, but not yet seen by those whom nothing 
 
 struct Device {
   int multiprocessors = 3, shared_bytes = 16 * 1024, capability = 90;
+  int granted = 3;  // multiprocessors that this process may use, as a green context or an MPS share grants them
 };
 
 struct Random {                 // splitmix64

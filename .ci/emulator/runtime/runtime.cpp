@@ -576,7 +576,7 @@ static unsigned resident_blocks(const Launch& launch) {
   const Device& device = machine.device;
   const unsigned bytes = unsigned(launch.shared_bytes + 127) / 128 * 128 + reserved_bytes(), warps = (launch.threads + 31) / 32;
   const unsigned by_shared = unsigned(device.shared_bytes + reserved_bytes()) / std::max(bytes, 1u);
-  return unsigned(device.multiprocessors) * std::max(1u, std::min(by_shared, 36 / warps));
+  return unsigned(device.granted) * std::max(1u, std::min(by_shared, 36 / warps));
 }
 
 int launch(const Launch& launch, void (*launch_body)(const void*), const void* arguments, size_t argument_bytes) {
@@ -702,8 +702,8 @@ static std::string with_lines(std::string text) {
 }
 
 extern "C" {
-void emulator_set_device(int multiprocessors, int shared_bytes, int capability) {
-  machine.device = {multiprocessors, shared_bytes, capability};
+void emulator_set_device(int multiprocessors, int shared_bytes, int capability, int granted) {
+  machine.device = {multiprocessors, shared_bytes, capability, granted};
   shared_limits.clear();
 }
 
