@@ -1921,7 +1921,7 @@ void check(PARAMETERS) {
   dtype_code(x.scalar_type());
   const auto check_pair = [&](const char* names, const MaybeTensor& p, const MaybeTensor& q) {
     TORCH_CHECK(!p || !q || p->dtype() == q->dtype(),
-                must(names, "be of one type", show(p) + " and " + show(q)));
+                must(names, "be two of one type", show(p) + " and " + show(q)));
   };
   const auto check_one = [&](const char* name, const MaybeTensor& p) {
     TORCH_CHECK(!p || (p->dim() == 1 && p->sym_size(0) == x.sym_size(1) &&
@@ -1949,7 +1949,7 @@ void check(PARAMETERS) {
   for (const auto* buffer : {&running_mean, &running_var, &num_batches_tracked})
     TORCH_CHECK(
         !training || !*buffer || !(*buffer)->is_inference() || c10::InferenceMode::is_enabled(),
-        must("buffers made under inference_mode", "be changed under it", "training"));
+        must("buffers made under inference_mode", "be trained under it", show(*buffer)));
   TORCH_CHECK_VALUE(!training || x.sym_size(0) * x.sym_size(2) * x.sym_size(3) != 1,
                     must("x", "have more than 1 value per channel when training", show(x)));
   TORCH_CHECK_VALUE(
@@ -1985,7 +1985,7 @@ FusedBatchNormCall sized_call(int64_t N, int64_t C, int64_t HW, ScalarType type,
   constexpr int64_t kMostOfX = (int64_t(1) << 32) - 64,
                     kMostOfGroup = (int64_t(1) << 31) - (1 << 20),
                     kMostChannels = (int64_t(1) << 31) - 512;
-  const int64_t item = c10::elementSize(type), size = kVectorBytes / item;
+  const int64_t size = kVectorBytes / int64_t(c10::elementSize(type));  // elements of a vector
   TORCH_CHECK(double(N) * double(C) * double(HW) < double(kMostOfX * size),
               must("x", "have less than 64 GB", got()));
   TORCH_CHECK(C < kMostChannels,
@@ -1995,7 +1995,7 @@ FusedBatchNormCall sized_call(int64_t N, int64_t C, int64_t HW, ScalarType type,
   if (call.channels_last) {
     // A row is the fewest pixels that are whole vectors together; the last one reaches beyond x.
     const int64_t pixels = size / std::gcd(C, size), rows = (N * HW + pixels - 1) / pixels,
-                  row = pixels * C / size, line = 128 / kVectorBytes;
+                  row = pixels * C / size, line = 8;  // vectors
     TORCH_CHECK(
         rows * row < kMostOfX,
         must("x", "have less than 64 GB in whole rows of " + std::to_string(pixels) + " pixels",
@@ -2039,20 +2039,21 @@ Tensor allocate_y(const Tensor& x, MemoryFormat format, const SymInt& shift) {
   return y;
 }
 
+// Elements from a 16-byte boundary to x, or to the copy that is made of it where it is not dense.
+SymInt misalignment(const Tensor& x, bool dense) {
+  if (!dense || x.sym_numel() == 0) return 0;
+  const int64_t item = x.element_size();
+  if (x.is_meta()) return x.sym_storage_offset() % SymInt(kVectorBytes / item);
+  return int64_t(uintptr_t(x.const_data_ptr()) % kVectorBytes) / item;
+}
+
 // One launch. For x without memory (fake and meta tensors) none, but outputs of the same layouts.
 Outputs run(PARAMETERS) {
   check(ARGUMENTS);
   const c10::DeviceGuard guard(x.device());  // before memory is asked for
   const MemoryFormat format = format_of(x);
   const bool dense = x.is_contiguous(format);
-  // What the kernel reads; y lies as far behind a boundary. x that is not dense costs a copy.
-  const Tensor x_dense = dense || x.is_meta() ? x : x.contiguous(format);
-  const int64_t item = x.element_size();
-  SymInt shift = 0;  // elements from a 16-byte boundary to x_dense
-  if (x.sym_numel() != 0 && x.is_meta() && dense)
-    shift = x.sym_storage_offset() % SymInt(kVectorBytes / item);
-  else if (x.sym_numel() != 0 && !x.is_meta())
-    shift = int64_t(uintptr_t(x_dense.const_data_ptr()) % kVectorBytes) / item;
+  const SymInt shift = misalignment(x, dense);
   FusedBatchNormCall call{};
   if (!x.unsafeGetTensorImpl()->has_symbolic_sizes_strides())
     call = sized_call(x.size(0), x.size(1), x.size(2) * x.size(3), x.scalar_type(), shift != 0,
@@ -2063,6 +2064,7 @@ Outputs run(PARAMETERS) {
   const auto& [y, statistics] = outputs;
   if (x.is_meta()) return outputs;
 
+  const Tensor x_dense = x.contiguous(format);
   const auto packed = [](const MaybeTensor& p) { return p ? p->contiguous() : p; };
   const auto data = [](const MaybeTensor& p) { return p ? p->mutable_data_ptr() : nullptr; };
   const auto is_float = [](const MaybeTensor& p) { return p && p->dtype() == at::kFloat; };
@@ -2124,8 +2126,8 @@ Tensor fused_batch_norm_forward(PARAMETERS) {
   return std::get<0>(run(ARGUMENTS));
 }
 
-// t in this format, with its own strides for sizes of 1, too: PyTorch's backward on the CPU decides
-// by those, and of x and its gradient apart.
+// t in this format, strides of sizes of 1 included: PyTorch's backward on the CPU chooses its loop
+// and the layout of what it returns by different rules, which agree on such tensors only.
 Tensor in_format(const Tensor& t, MemoryFormat format) {
   const Tensor dense = t.contiguous(format);
   const SymInt C = t.sym_size(1), H = t.sym_size(2), W = t.sym_size(3);
@@ -2169,7 +2171,7 @@ struct FusedBatchNormBackward final : Node {
     const Tensor none = training ? Tensor() : running_mean.narrow(0, 0, 0).to(wide);  // [0]
     const Tensor mean = training ? statistics.select(0, 0) : none;
     const Tensor inv_std = training ? statistics.select(0, 1) : none;
-    // Without gamma they would put the gradient of beta where an undefined tensor is: on the CPU.
+    // On a GPU they allocate the gradient of beta as gamma is, so there has to be one.
     const bool ones = !gamma.defined() && needed(2);
     const Tensor scale = ones ? x.new_ones_symint({x.sym_size(1)}, per_channel) : gamma;
     const MemoryFormat format = format_of(x);
@@ -2338,7 +2340,7 @@ class ModelNew(torch.nn.Module):
 
     forward(x): x: (N, C, H, W) float32 | float16 | bfloat16 | float64, CUDA; parameters and buffers
     of the same type or float32. Returns y like x, in NCHW or channels-last as x (other strides cost
-    a copy each way). Differentiable by backward. Raises ValueError for x that is not 4-D or has one
+    a copy of x). Differentiable by backward. Raises ValueError for x that is not 4-D or has one
     value per channel in training and for eps that is not positive, RuntimeError for a wrong C,
     dtype or device.
 

@@ -388,8 +388,15 @@ def package_of_pytorchs():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("scene", [package_of_ours, package_of_pytorchs], ids=["ours", "torch's"])
-def test_compiled_package(scene):
-    """A net with a dynamic batch, compiled ahead of time; PyTorch's own layer shows whose fault."""
-    said = in_new_python(scene)
+def test_compiled_package():
+    """A net with a dynamic batch, compiled ahead of time. Where it fails, PyTorch's layer is tried:
+    its package too needs a C++ compiler whose libraries go with torch's."""
+    try:
+        said = in_new_python(package_of_ours)
+    except AssertionError as ours:
+        try:
+            in_new_python(package_of_pytorchs)
+        except AssertionError as theirs:
+            pytest.skip(f"nor does that of PyTorch's own layer: {theirs}; ours: {ours}")
+        raise
     assert said.splitlines()[-1] == "right", said
