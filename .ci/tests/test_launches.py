@@ -163,9 +163,9 @@ def test_a_whole_net_back_into_plain_layers(target):
 @pytest.mark.parametrize(
     "dtype, value",
     [
-        # A few of them added up are more than the type holds.
+        # 128 of them added up are more than the type holds.
         pytest.param(F32, 2.7e36, id="float32"),
-        pytest.param(F64, 1.4e306, id="float64"),
+        pytest.param(F64, 1.5e306, id="float64"),
     ],
 )
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -174,7 +174,7 @@ def test_constant_channel_of_a_large_value(target, dtype, value, layout):
     """y = beta, and running_mean is right."""
     x = check.LAYOUTS[layout](torch.full((4, 4, 8, 8), value, dtype=dtype, device=target.device))
     ours, _ = check.make_pair(target, 4, dtype)
-    mean, var = ours.running_mean.double(), ours.running_var.clone()
+    mean, var = ours.running_mean.clone().double(), ours.running_var.clone()
     with torch.no_grad():
         y = ours(x)
     assert_same("y", y, ours.beta.detach().view(1, -1, 1, 1).expand(y.shape).clone())
@@ -215,7 +215,7 @@ COOPERATIVE = {
 @pytest.mark.parametrize("case", COOPERATIVE.values(), ids=COOPERATIVE)
 @pytest.mark.xfail(strict=True, reason="a cooperative launch is not planned again when too large")
 def test_on_one_of_seven_multiprocessors(target, case):
-    target.emulator.set_device(7, 32 << 10, (9, 0), granted=1)
+    target.emulator.set_device(7, 32 << 10, (8, 0), granted=1)
     cases.check_alone(target, cases.small_case(case), seed=1)
 
 
