@@ -2299,7 +2299,7 @@ def _build_fused_batch_norm():
     with contextlib.suppress(OSError):
         directory = extension._get_build_directory(name, verbose=False)
     if directory is None or not os.access(directory, os.W_OK):
-        setting = os.environ.get("TORCH_EXTENSIONS_DIR", "none, and a home that cannot")
+        setting = os.environ.get("TORCH_EXTENSIONS_DIR", "none, nor such a home directory")
         return None, f"TORCH_EXTENSIONS_DIR must be a directory that can be written, got {setting}"
     lock = os.path.join(directory, "lock")
     if hasattr(extension, "FileBaton") and os.path.exists(lock):  # not so from torch 2.14 on
