@@ -35,20 +35,24 @@ def test_python(command, file):
 
 CONSTANT = r"^(\w+) = r('''|\"\"\")\n(.*?)\2$"
 TEXTS = {name: text for name, _, text in re.findall(CONSTANT, TEXT, re.MULTILINE | re.DOTALL)}
+EMULATOR = [
+    f for kind in ("include/**/*.h", "runtime/*") for f in SETTINGS.glob(f"emulator/{kind}")
+]
+SOURCES = TEXTS | {file.name: file.read_text() for file in sorted(EMULATOR)}
 
 
 def test_texts_are_found():
-    assert {"FUSED_BATCH_NORM_CUDA", "FUSED_BATCH_NORM_CPP"} <= set(TEXTS)
+    assert {"FUSED_BATCH_NORM_CUDA", "FUSED_BATCH_NORM_CPP", "runtime.cpp"} <= set(SOURCES)
 
 
 @pinned("clang-format")
-@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("name", SOURCES)
 def test_cuda_and_cpp(name):
     """As clang-format would write it, and no line longer than the limit, which it lets be."""
     import clang_format
 
     command = [clang_format.get_executable("clang-format"), "--assume-filename=text.cu"]
     command += [f"--style=file:{SETTINGS / '.clang-format'}"]
-    done = subprocess.run(command, input=TEXTS[name], capture_output=True, text=True, check=True)
-    assert TEXTS[name].splitlines() == done.stdout.splitlines()
-    assert max(map(len, TEXTS[name].splitlines())) <= 100
+    done = subprocess.run(command, input=SOURCES[name], capture_output=True, text=True, check=True)
+    assert SOURCES[name].splitlines() == done.stdout.splitlines()
+    assert max(map(len, SOURCES[name].splitlines())) <= 100
