@@ -202,25 +202,69 @@ def test_averaged_model(target, use_buffers):
 def test_deterministic_mode(target, training):
     """Neither refused nor slowed down: nothing fills y before the launch that writes it."""
     ours, theirs = make(target, training=training)
-    x = rand(target, 2, 4, 5, 7)
-    expected = step(theirs, x)
+    x, another = rand(target, 2, 4, 5, 7), copy.deepcopy(ours)
     torch.use_deterministic_algorithms(True)
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            ours(x)
-        found = step(copy.deepcopy(make(target, training=training)[0]), x)
+            another(x)
+        found = step(ours, x)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(found) == len(expected)
+    NUMBERS(found, step(theirs, x))
     assert not [event.name for event in profile.events() if "fill" in event.name]
+
+
+# ---- Graphs
+
+
+def test_compiled_step_of_a_net(target):
+    """ModelNew within other modules, where its text's globals are another file's."""
+    torch._dynamo.reset()
+    nets = []
+    for module in make(target):
+        torch.manual_seed(0)
+        convolution = nn.Conv2d(3, 4, 3).to(target.device)
+        nets.append(nn.Sequential(convolution, module, nn.ReLU()))
+    ours, theirs = nets
+    x = rand(target, 2, 3, 7, 7)
+    backend = "inductor" if target.cuda else "aot_eager"
+    NUMBERS(step(ours, x, torch.compile(ours, fullgraph=True, backend=backend)), step(theirs, x))
+    same_state(ours[1], theirs[1])
+    torch._dynamo.reset()
+
+
+@pytest.mark.cuda
+def test_parallel_branches_of_a_graph(target):
+    """Forwards that may run at once: forked and joined within one captured graph."""
+    shapes = ((16, 64, 64, 64), (2, 3, 512, 512), (8, 256, 28, 28))
+    models = [make(target, shape[1])[0] for shape in shapes]
+    xs = [rand(target, *shape) for shape in shapes]
+    streams = [torch.cuda.Stream() for _ in shapes]
+    ys, graph = [], torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        wants = [copy.deepcopy(model)(x) for model, x in zip(models, xs)]
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            for stream, model, x in zip(streams, models, xs):
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    ys.append(model(x))
+            for stream in streams:
+                torch.cuda.current_stream().wait_stream(stream)
+        for _ in range(200):
+            graph.replay()
+    for y, want, model in zip(ys, wants, models):
+        torch.testing.assert_close(y, want, rtol=0, atol=0)
+        assert model.num_batches_tracked.item() == 200
 
 
 # ---- Several processes
 
 
-def meet(rank: int, count: int):
+def meet(rank: int, count: int, backend: str = "gloo"):
+    """(NCCL refuses two processes on one GPU.)"""
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{os.environ['MEETING']}", rank=rank, world_size=count
+        backend, init_method=f"file://{os.environ['MEETING']}", rank=rank, world_size=count
     )
 
 
@@ -257,7 +301,7 @@ def sharded():
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    meet(0, 1)
+    meet(0, 1, "nccl" if torch.cuda.is_available() else "gloo")
     target = load()
     mesh = torch.distributed.init_device_mesh(target.device, (1,))
     ours, theirs = make(target)
@@ -323,3 +367,18 @@ def test_warm_caches_of_inductor(tmp_path):
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     hits = [in_new_python(compiled, **environment).splitlines()[-1] for _ in range(2)]
     assert hits[0] == "0" and int(hits[1]) > 0
+
+
+def imported():
+    target = load()
+    ours, theirs = make(target)
+    x = rand(target, 2, 4, 5, 7)
+    NUMBERS(step(ours, x), step(theirs, x))
+
+
+@pytest.mark.cuda
+def test_four_ranks_import_at_once(tmp_path):
+    """One builds, the others wait for it."""
+    settings = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "TORCH_CUDA_ARCH_LIST": ""}
+    at_once(imported, 4, **settings)
+    assert len([*tmp_path.rglob("*.so")]) == 1
