@@ -100,15 +100,16 @@ GRADIENTS = {
 }
 
 
+@pytest.mark.parametrize("of_x", ["NCHW", "channels-last", "transposed"])
 @pytest.mark.parametrize("layout", GRADIENTS)
 @modes
-def test_gradient_of_another_layout(target, layout, training):
+def test_gradient_of_another_layout(target, layout, of_x, training):
     ours, theirs = make(target, training=training)
-    x, dy = rand(target, 3, 4, 5, 7), rand(target, 3, 4, 5, 7)
+    x, dy = GRADIENTS[of_x](rand(target, 3, 4, 5, 7)), rand(target, 3, 4, 5, 7)
     grads = []
     for module, dtype in ((ours, F32), (theirs.double(), torch.float64)):
         leaf = x.to(dtype, copy=True).requires_grad_()
-        y = module(leaf)
+        y = module(leaf if module is ours else leaf.contiguous())
         of = [leaf, *module.parameters()]
         grads.append(torch.autograd.grad(y, of, GRADIENTS[layout](dy.to(dtype))))
     for found, expected in zip(*grads):
