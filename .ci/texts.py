@@ -17,12 +17,14 @@ def execute(text: str) -> dict:
 def text_of(version: str) -> str:
     """A file's, or a git revision's; LookupError where there is neither."""
     if Path(version).is_file():
-        text = Path(version).read_text()
+        text = Path(version).read_text(errors="replace")
+    elif not version or version.startswith((":", "-")):
+        text = ""  # git would take it for what is staged, or for an option
     else:
         command = ["git", "-C", ROOT, "show", f"{version}:model_new.py"]
-        text = subprocess.run(command, capture_output=True, text=True).stdout
+        text = subprocess.run(command, capture_output=True, text=True, errors="replace").stdout
     if "class ModelNew" not in text:
-        raise LookupError(f"{version} must be a file or revision with ModelNew, got neither")
+        raise LookupError(f"--against must be a file or revision with ModelNew, got {version!r}")
     return text
 
 

@@ -1,0 +1,216 @@
+"""check.py --nets without a GPU: with made-up times, and with the clock of a pretended GPU."""
+
+import argparse
+import itertools
+import json
+import math
+
+import nets
+import pytest
+import timing
+import torch
+from nets import Net
+from timing import BF16, F16, F32, Row
+from torch import nn
+
+TINY = {
+    "first": Net("First", 2, F32, {4: "3*2 8", 2: "8*3"}),
+    "second": Net("Second", 3, F16, {(1, 3, 5): "6"}),
+}
+
+
+@pytest.mark.parametrize(
+    "name, layers, buffers",  # as published: "non-trainable parameters", two for each channel
+    [
+        ("resnet50_256", 53, 53_120),
+        ("resnet50_32", 53, 53_120),
+        ("mobilenetv2", 52, 34_112),
+        ("efficientnet_b4", 96, 125_200),
+        ("densenet121", 121, 83_648),
+        ("unet", 18, 2 * (4 * (64 + 128 + 256 + 512) + 2 * 1024)),
+        ("yolov8s", 57, 20_032),
+        ("resnet20", 19, 2 * (7 * 16 + 6 * 32 + 6 * 64)),
+    ],
+)
+def test_the_nets_have_all_their_layers(name, layers, buffers):
+    rows = nets.NETS[name].rows(channels_last=False)
+    assert sum(rows.values()) == layers
+    assert sum(2 * row.shape[1] * count for row, count in rows.items()) == buffers
+    listed = " ".join(nets.NETS[name].layers.values()).split()
+    assert len(rows) == len(listed), "a shape stands there twice"
+
+
+class Fake(nn.BatchNorm2d):
+    """Stands for ModelNew."""
+
+    def __init__(self, C):
+        super().__init__(C)
+
+
+class Wrong(Fake):
+    def forward(self, x):
+        return super().forward(x) * (1 + 0.5 * (x.shape[1] == 8))
+
+
+class Failing(Fake):
+    def forward(self, x):
+        if x.shape[1] == 8:
+            raise RuntimeError("no such kernel")
+        return super().forward(x)
+
+
+def time_of(name: str, call: int) -> float:
+    return {"copy": 10, "eager": 60, "compile": 40, "theirs": 30, "ours": 20}[name]
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Times are made up, so that sums and ratios are known; every contender runs once."""
+    calls = []
+
+    def take_turns(contenders, inputs, repeats, spin):
+        calls.append((dict(contenders), inputs, spin))
+        for name, contender in contenders.items():
+            contender(inputs[-1])
+            assert name in ("copy", "eager", "theirs", "ours")
+        numel = (inputs[0] if isinstance(inputs[0], torch.Tensor) else inputs[0][0]).numel()
+        return {name: [numel * time_of(name, 0) / 48.0] * 9 for name in contenders}
+
+    monkeypatch.setattr(timing, "take_turns", take_turns)
+    monkeypatch.setattr(timing, "flush_bytes", lambda: 4096)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a pretended card")
+    monkeypatch.setattr(nets, "NETS", TINY)
+    return calls
+
+
+def given(**options) -> argparse.Namespace:
+    default = {"nets": [], "training": False, "compile": False, "channels_last": False}
+    return argparse.Namespace(**default | {"json": None} | options)
+
+
+def test_forward(pretended, capsys, tmp_path):
+    path = tmp_path / "rows.json"
+    with path.open("w") as file:
+        assert nets.run(given(json=file), Fake, Fake, "cpu") == 0
+    said = capsys.readouterr().out
+    # First: planes of 2·3·16 elements in two layers, 2·8·16 in one, 2·8·4 in three; at 1/48 each.
+    total = (2 * 96 + 256 + 3 * 64) / 48
+    cells = [f"{10 * total:.0f}", f"{60 * total:.0f}", f"{30 * total:.0f}", f"{20 * total:.0f}"]
+    lines = [
+        line for line in said.splitlines() if "First, batch" in line or "First float32" in line
+    ]
+    assert len(lines) == 2, "a line a net and layout"
+    for line in lines:
+        assert [c.strip() for c in line.strip("|").split("|")] == [
+            *("First float32", "6", "3"),
+            *cells,
+            *("0.500", "3.000", "1.500"),
+        ]
+    assert "× copy:     0.500, 0.500, 0.500 (4 rows); where a copy takes > 12 µs: 0.5" in said
+    assert "behind theirs: 0 rows, by more than 10 %: 0" in said
+    assert "8 rows in" in said and "ours wrong or failed: 0" in said
+    rows = json.loads(path.read_text().replace("NaN", "null"))["rows"]
+    assert [row["layers"] for row in rows] == [2, 1, 3, 1] * 2
+    assert {row["net"] for row in rows} == {"first", "second"}
+
+
+def test_training(pretended, capsys):
+    assert nets.run(given(training=True, nets=["first"]), Fake, None, "cpu") == 0
+    said = capsys.readouterr().out
+    assert "copy" not in said and "× eager" in said and "forward and backward" in said
+    contenders, inputs, spin = pretended[0]
+    assert list(contenders) == ["eager", "ours"] and spin > timing.SPIN_CYCLES
+    y, dx, dgamma, dbeta = contenders["ours"](inputs[0])
+    torch.testing.assert_close(dbeta, inputs[0][1].sum((0, 2, 3)))
+    assert dx.shape == y.shape == inputs[0][0].shape and dgamma.shape == (3,)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("ours", [Wrong, Failing])
+def test_a_wrong_or_failing_kernel_fails_the_run(pretended, capsys, ours, training):
+    assert nets.run(given(training=training), ours, Fake, "cpu") == 1
+    said = capsys.readouterr().out
+    assert "ours wrong or failed: 4" in said  # two rows with 8 channels, two layouts
+    assert ("y differs from eager's" if ours is Wrong else "no such kernel") in said
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("training", [False, True])
+def test_our_own_kernel(pretended, capsys, target, training):
+    """With the names of its parameters, and gradients in their order."""
+    assert nets.run(given(training=training), target.model, None, "cpu") == 0
+    assert "ours wrong or failed: 0" in capsys.readouterr().out
+
+
+def test_one_who_cannot_run_a_row_does_not_end_the_run(pretended, capsys):
+    assert nets.run(given(channels_last=True), Fake, Failing, "cpu") == 0
+    said = capsys.readouterr().out
+    assert "NCHW" not in said
+    assert "theirs cannot run 2×8×4×4 float32: RuntimeError: no such kernel" in said
+    assert "nan" in said  # the sum of its layers
+    assert "× theirs:   1.500, 1.500, 1.500 (2 rows)" in said
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_xs_are_parts_of_the_pool_and_overlap_nowhere(channels_last, dtype):
+    row, pool = Row((2, 3, 5, 7), dtype, channels_last), torch.rand(1 << 12).to(dtype)
+    step = {F32: 1024, BF16: 512}[dtype]  # bytes
+    xs = nets.take_xs(row, pool, 100)
+    kept = torch.channels_last if channels_last else torch.contiguous_format
+    assert len(xs) == 4096 * dtype.itemsize // step
+    assert len(nets.take_xs(row, pool, 3)) == 3
+    starts = [x.data_ptr() for x in xs]
+    assert all(b - a == step for a, b in itertools.pairwise(starts))
+    for x in xs:
+        assert x.shape == row.shape and x.is_contiguous(memory_format=kept)
+        assert pool.data_ptr() <= x.data_ptr() <= pool.data_ptr() + 4096 * dtype.itemsize - x.nbytes
+
+
+def test_a_pool_is_larger_than_what_stays_in_l2(pretended):
+    """Three of the largest x; and of small ones so many that they fill what is flushed."""
+    pool = nets.make_pool(TINY["first"], "cpu")
+    assert pool.nbytes >= 3 * 4 * 256 and pool.nbytes >= 4096 + 4 * 256
+
+
+class FakeEvent:
+    """An event of a GPU whose clock goes on by 5 µs with each call of a contender."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, stop):
+        return (stop.at - self.at) / 1e3
+
+
+@pytest.mark.parametrize("repeats", [0, 20])
+def test_take_turns(monkeypatch, repeats):
+    """Every contender as often, with each x in turn; the deciles of what its events say."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "flush_bytes", lambda: 64)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: empty(*a, **k))
+    seen = {"a": [], "b": []}
+
+    def contender(name, us):
+        def call(x):
+            seen[name].append(x)
+            FakeEvent.now += us
+
+        return call
+
+    us = timing.take_turns({"a": contender("a", 5), "b": contender("b", 7)}, [1, 2, 3], repeats)
+    assert [len(us[name]) for name in "ab"] == [9, 9]
+    assert math.isclose(us["a"][4], 5) and math.isclose(us["b"][4], 7)
+    calls = timing.WARM_UP + repeats
+    assert len(seen["a"]) == len(seen["b"]) >= calls
+    if repeats:
+        assert len(seen["a"]) == calls
+    assert max(map(seen["a"].count, (1, 2, 3))) < len(seen["a"])
