@@ -295,7 +295,7 @@ def sorted_by(measured: list[Measured], name: str) -> list[Measured]:
 
 def report(measured: list[Measured]) -> Iterator[str]:
     """How the rows of a layout are spread, and the worst of them."""
-    yield "How fast ours is: geometric mean, 10th percentile, least"
+    yield "Speed relative to each, all rows: geometric mean, 10th percentile, least"
     names = [name for name in measured[0].us if name != "ours"]
     for name in names:
         ordered = sorted_by(measured, name)
@@ -317,23 +317,28 @@ def report(measured: list[Measured]) -> Iterator[str]:
         yield from markdown([row_cells(m) for m in ordered[:WORST] + ordered[-WORST:]])
 
 
+def measure_nets(bench: Bench, names, channels_last: bool) -> list[Measured]:
+    """Prints a line a net as it comes, then what report says of all rows."""
+    what = "forward and backward" if bench.training else "forward"
+    print(f"\n{LAYOUTS[channels_last]}, {what}, all layers of a net together")
+    every: list[Measured] = []
+    for name in names:
+        measured = bench.measure_net(name, channels_last)
+        table = markdown([net_cells(name, measured)]) if measured else []
+        print("\n".join(table[2:] if every else table), flush=True)
+        every += measured
+    if every:
+        print("\n".join(report(every)), flush=True)
+    return every
+
+
 def run(given: argparse.Namespace, ours: Callable, theirs: Callable | None, device="cuda") -> int:
-    """Measures, prints as it comes and writes --json; 1 if ours was wrong or failed anywhere."""
+    """--nets; 1 if ours was wrong or failed anywhere."""
     make = ({"theirs": theirs} if theirs else {}) | {"ours": ours}
     bench, start = Bench(make, device, given.training, given.compile), time.perf_counter()
     every: list[Measured] = []
     for channels_last in (True,) if given.channels_last else LAYOUTS:
-        what = "forward and backward" if given.training else "forward"
-        print(f"\n{LAYOUTS[channels_last]}, {what}, all layers of a net together")
-        in_layout, lines = [], 0
-        for name in given.nets or NETS:
-            measured = bench.measure_net(name, channels_last)
-            table = markdown([net_cells(name, measured)]) if measured else []
-            print("\n".join(table[2:] if lines else table), flush=True)
-            lines, in_layout = lines + len(table), in_layout + measured
-        if in_layout:
-            print("\n".join(report(in_layout)), flush=True)
-        every += in_layout
+        every += measure_nets(bench, given.nets or NETS, channels_last)
     if given.json:
         timing.write_json(given.json, every)
     compiled = f", of which torch.compile took {bench.compile_s:.0f} s" if given.compile else ""

@@ -110,10 +110,10 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """The deciles of the GPU time of a call in µs, per contender.
 
-    As benchmark harnesses do, each call comes behind a write that fills L2: else it would have to
-    write back what the one before has left there. Some of that outlives the write, so the order is
-    random; and each call has another x, so that L2 never holds what is read. Without `repeats`,
-    there are as many as fit into BUDGET_US.
+    As benchmark harnesses do, each call follows a write that fills L2: else it would have to write
+    back what the one before has left there. Some of that outlives the write, so the order is
+    random; and each call uses a different x, so that L2 never holds what is read. Without
+    `repeats`, there are as many as fit into BUDGET_US.
     """
     flush = torch.empty(flush_bytes(), device="cuda", dtype=torch.uint8)
     if not repeats:

@@ -4,15 +4,23 @@ import argparse
 import itertools
 import json
 import math
+import re
+import signal
+import subprocess
+import sys
 
 import nets
 import pytest
+import readme
 import timing
 import torch
 from nets import Net
 from timing import BF16, F16, F32, Row
 from torch import nn
 
+import check
+
+ALL_NETS = nets.NETS
 TINY = {
     "first": Net("First", 2, F32, {4: "3*2 8", 2: "8*3"}),
     "second": Net("Second", 3, F16, {(1, 3, 5): "6"}),
@@ -214,3 +222,139 @@ def test_take_turns(monkeypatch, repeats):
     if repeats:
         assert len(seen["a"]) == calls
     assert max(map(seen["a"].count, (1, 2, 3))) < len(seen["a"])
+
+
+@pytest.fixture
+def documents(monkeypatch, tmp_path):
+    """Copies of README.md and SPEED.md; what is timed beside the nets is made up."""
+    copies = []
+    for path in readme.FILES:
+        copies.append(tmp_path / path.name)
+        copies[-1].write_text(path.read_text())
+    monkeypatch.setattr(readme, "fill", lambda c, fill=readme.fill: fill(c, copies))
+    monkeypatch.setattr(timing, "card", lambda: "H200")
+    monkeypatch.setattr(timing, "whole_call_us", lambda ours: {"ours": 11.1, "eager": 33.3})
+    times = {"copy": 1.0, "eager": 4.0, "compile": 3.0, "ours": 2.0}
+    made_up = lambda rows: [
+        timing.Measured(r, {n: [t] * 9 for n, t in times.items()}) for r in rows
+    ]
+    monkeypatch.setattr(timing, "measure_rows", lambda rows, ours, peers=True: made_up(rows))
+    return copies, made_up(timing.choose(channels_last=False))
+
+
+def test_readme(pretended, documents, capsys):
+    """Every place of the card is filled, the other card's stay."""
+    copies, rows = documents
+    before = [path.read_text() for path in copies]
+    errors = {"a case": (1.25, 2.5), "a failed one": None}
+    assert readme.write(errors, rows, Fake, Fake, "cpu") == 0
+    said = capsys.readouterr().out
+    assert "no place for" not in said
+    place = re.compile(r"<!-- check\.py: (.*?) -->\n(.*?)<!-- end -->", re.DOTALL)
+    for path, old in zip(copies, before):
+        filled, was = (dict(place.findall(text)) for text in (path.read_text(), old))
+        assert filled.keys() == was.keys()
+        for name, content in filled.items():
+            assert (content == was[name]) == ("H100" in name), name
+        assert place.sub("", path.read_text()) == place.sub("", old)
+    text = copies[0].read_text()
+    lines = text.count("\n") + len(ALL_NETS) - len(TINY)
+    assert lines + 12 <= 190  # with the table of another card
+    assert "2 nets, NCHW: 0.50–0.50 × copy, 3.00–3.00 × eager; 2 nets, channels-last" in text
+    assert "commit" in text or "blob" in text
+
+
+def test_rows_of_the_readme_are_rows_of_the_table(monkeypatch):
+    monkeypatch.setattr(timing, "card", lambda: "H200")
+    assert set(readme.SHOWN) <= {*timing.choose(channels_last=False)}
+
+
+def test_the_version_without_a_repository_is_what_git_calls_the_text(monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    (tmp_path / "model_new.py").write_text("x = 1\n")
+    said = subprocess.run(
+        ["git", "hash-object", "model_new.py"], cwd=tmp_path, capture_output=True, text=True
+    ).stdout
+    assert readme.version().startswith(f"blob {said[:10]} ")
+
+
+WRONG = {  # arguments, and what the line says of them
+    ("--training",): "--training and --compile go with --nets",
+    ("--nets", "--compile"): "--nets must name nets with --compile",
+    ("--nets", "no_such_net"): "invalid choice: 'no_such_net'",
+    ("--nets", "--shape", "1x2x3x4"): "--nets goes with",
+    ("--nets", "--dtype", "float16"): "--nets goes with",
+    ("--against", ""): "--against must be a file or revision with ModelNew, got ''",
+    ("--against", sys.executable): "--against must be a file or revision with ModelNew, got",
+    ("--against", "no such thing"): "--against must be a file or revision with ModelNew, got",
+    ("--against", ":model_new.py"): "--against must be a file or revision with ModelNew, got",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_wrong_arguments(monkeypatch, capsys, arguments):
+    monkeypatch.setattr("sys.argv", ["check.py", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        check.main()
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and said.count("\n") == 1
+    assert WRONG[arguments] in said
+
+
+def test_without_the_rest_of_the_repository(tmp_path):
+    """Both what it compares and what it needs itself."""
+    for needed in ("model_new.py", ".ci/timing.py"):
+        (tmp_path / "check.py").write_text((check.ROOT / "check.py").read_text())
+        done = subprocess.run(
+            [sys.executable, "check.py"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith(f"check.py: error: {needed} must lie beside")
+        (tmp_path / "model_new.py").touch()
+
+
+@pytest.mark.parametrize("stop", ["interrupt", "closed pipe"])
+def test_stopped_from_outside(stop):
+    """Ctrl-C and `| head` end it by their signals, without a traceback."""
+    arguments = [sys.executable, "check.py", "--plan", "4x64x56x56"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        arguments, cwd=check.ROOT, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        process.stdout.readline()
+        if stop == "interrupt":
+            process.send_signal(signal.SIGINT)
+        else:
+            process.stdout.close()
+        said = process.stderr.read()
+    wanted = signal.SIGINT if stop == "interrupt" else signal.SIGPIPE
+    assert "Traceback" not in said and process.returncode == -wanted
+
+
+@pytest.mark.emulated
+def test_the_plan_says_for_which_card(monkeypatch, capsys, target):
+    monkeypatch.setattr("sys.argv", ["check.py", "--plan", "4x64x56x56"])
+    assert check.main() == 0
+    assert "planned for an H100" in capsys.readouterr().out
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(
+    "case", [c for c in check.CASES if c.training and c.data != "not finite"], ids=str
+)
+def test_a_wrong_store_shows_in_channel_0(target, case):
+    """A ReLU there, as it stands in for what a wrong store does."""
+    if case.small != "same":
+        case = check.replace(case, shape=case.small)
+    if 0 in case.shape:
+        pytest.skip("there is no y")
+
+    class Broken(target.names["ModelNew"]):
+        def forward(self, x):
+            y = super().forward(x)
+            y[:, 0].relu_()
+            return y
+
+    names = {**target.names, "ModelNew": Broken}
+    with pytest.raises(AssertionError, match=r"y\[\d+, 0, "):
+        check.check_case(check.Target(names, target.device, target.emulator), case)
