@@ -47,9 +47,10 @@ sys.path[:0] = [str(ROOT / ".ci"), str(ROOT / ".ci" / "emulator")]
 
 import nets
 import options
+import plans
 import readme
 import timing
-from texts import execute, fields_of_plan, renamed, sm_80_text
+from texts import considering, execute, fields_of_plan, renamed, sm_80_text
 
 TEXT_PATH = ROOT / "model_new.py"
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -413,16 +414,6 @@ def run_cases(cases: list[Case], target: Target, whose: str = "") -> dict[str, t
     return errors
 
 
-def show_plan(target: Target, xs: list[timing.Row]) -> int:
-    """How each x would be launched, with what the text says of the fields of its struct Plan."""
-    reasons = {name: why for name, _, why in fields_of_plan(target.names["FUSED_BATCH_NORM_CUDA"])}
-    for x in xs:
-        print(f"plan of {x}; bytes needed, x read and y written once each: {2 * x.nbytes:,}")
-        for key, value in target.plan(x.shape, x.dtype, channels_last=x.channels_last).items():
-            print(f"  {key:20} {value:<16,} {reasons[key]}".rstrip())
-    return 0
-
-
 def choose_cases(given: argparse.Namespace) -> list[Case]:
     layout = "channels_last" if given.channels_last else "contiguous"
     if given.shape:
@@ -437,11 +428,13 @@ def choose_cases(given: argparse.Namespace) -> list[Case]:
 
 def main() -> int:
     given, text = options.parse(__doc__), TEXT_PATH.read_text()
+    of_plans = given.plan or given.regret
+    text = considering(text) if of_plans else text
     cuda, cases, start = torch.cuda.is_available(), choose_cases(given), time.perf_counter()
     if cuda:
         p = torch.cuda.get_device_properties(0)
         print(f"{p.name}, {p.multi_processor_count} multiprocessors, torch {torch.__version__}")
-        target = load_on_gpu(text)
+        target = load_on_gpu(renamed(text, "plans") if of_plans else text)
     else:
         print("No CUDA device: the CPU executes the kernel's text, on a pretended one; no timing.")
         print("More tests: see README.md, Two commands", flush=True)
@@ -451,7 +444,9 @@ def main() -> int:
         print("planned for an H100: 132 multiprocessors of compute capability 9.0, 227 KB each")
         target.emulator.set_device(132, 227 << 10, (9, 0))
     if given.plan:
-        return show_plan(target, given.xs)
+        return plans.show(target, given.xs)
+    if given.regret:
+        return plans.regret(given, target)
     theirs = given.against and load_on_gpu(renamed(given.against, "theirs"))
     if given.nets is not None:
         return nets.run(given, target.model, theirs and theirs.model)

@@ -8,7 +8,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import timing
@@ -135,11 +135,11 @@ TOLERANCE = {F32: 1e-3, F16: 3e-2, BF16: 3e-2}  # of y, loosely: a fast wrong ke
 # ------------------------------------------------------------------------------------- measuring
 
 
-def make_pool(net: Net, device: str) -> torch.Tensor:
+def make_pool(rows: Iterable[Row], device: str) -> torch.Tensor:
     """Random numbers, of which every x is a part: filling x anew for each row takes too long."""
-    largest = max(row.nbytes for row in net.rows(False))
-    nbytes = max(3 * largest, timing.flush_bytes() + largest) + (1 << 20)
-    return torch.rand(nbytes // net.dtype.itemsize, dtype=net.dtype, device=device)
+    largest = max(rows, key=lambda row: row.nbytes)
+    nbytes = max(3 * largest.nbytes, timing.flush_bytes() + largest.nbytes) + (1 << 20)
+    return torch.rand(nbytes // largest.dtype.itemsize, dtype=largest.dtype, device=device)
 
 
 def take_xs(row: Row, pool: torch.Tensor, calls: int) -> list[torch.Tensor]:
@@ -244,8 +244,9 @@ class Bench:
             return us | timing.take_turns(contenders, inputs, REPEATS, spin)
 
     def measure_net(self, name: str, channels_last: bool) -> list[Measured]:
-        pool, measured = make_pool(NETS[name], self.device), []
-        for row, count in NETS[name].rows(channels_last).items():
+        rows, measured = NETS[name].rows(channels_last), []
+        pool = make_pool(rows, self.device)
+        for row, count in rows.items():
             try:
                 measured.append(Measured(row, self.measure(row, pool), name, count))
             except torch.OutOfMemoryError:

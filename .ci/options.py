@@ -14,7 +14,8 @@ DTYPES = {"float32": F32, "float16": F16, "bfloat16": BF16, "float64": F64}
 GOES_WITH = {  # what may stand beside an option
     "--plan": {"--dtype", "--channels-last"},
     "--readme": set(),
-    "--nets": {"--training", "--compile", "--channels-last", "--against", "--json"},
+    "--nets": {"--training", "--compile", "--regret", "--channels-last", "--against", "--json"},
+    "--regret": {"--nets", "--channels-last", "--json"},
 }
 
 
@@ -42,7 +43,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--nets", **names, help=said)
     add("--training", action="store_true", help="with --nets: forward and backward together")
     add("--compile", action="store_true", help="with --nets NAME: torch.compile as well, slowly")
-    add("--plan", **shape, help="only print how this x would be launched, on any machine")
+    add("--regret", action="store_true", help="with --nets: the planner against other plans of its")
+    add("--plan", **shape, help="how this x would be launched; on a GPU, other plans timed as well")
     add("--json", type=Path, metavar="FILE", help="also write the measured rows")
     add("--readme", action="store_true", help="measure everything, write README.md and SPEED.md")
     return parser
@@ -61,8 +63,9 @@ def parse(description: str) -> argparse.Namespace:
         if option in used and not {*used} <= {option, *others}:
             allowed = " and ".join(sorted(others)) or "no other option"
             parser.error(f"{option} goes with {allowed}, got {' '.join(used)}")
-    if (given.training or given.compile) and given.nets is None:
-        parser.error(f"--training and --compile go with --nets, got {' '.join(used)}")
+    of_nets = given.training or given.compile or given.regret
+    if of_nets and given.nets is None:
+        parser.error(f"--training, --compile, --regret go with --nets, got {' '.join(used)}")
     if given.compile and not given.nets:
         parser.error("--nets must name nets with --compile, which takes seconds for each shape")
     try:

@@ -177,7 +177,7 @@ def test_xs_are_parts_of_the_pool_and_overlap_nowhere(channels_last, dtype):
 
 def test_a_pool_is_larger_than_what_stays_in_l2(pretended):
     """Three of the largest x; and of small ones so many that they fill what is flushed."""
-    pool = nets.make_pool(TINY["first"], "cpu")
+    pool = nets.make_pool(TINY["first"].rows(False), "cpu")
     assert pool.nbytes >= 3 * 4 * 256 and pool.nbytes >= 4096 + 4 * 256
 
 
@@ -279,7 +279,7 @@ def test_the_version_without_a_repository_is_what_git_calls_the_text(monkeypatch
 
 
 WRONG = {  # arguments, and what the line says of them
-    ("--training",): "--training and --compile go with --nets",
+    ("--training",): "--training, --compile, --regret go with --nets",
     ("--nets", "--compile"): "--nets must name nets with --compile",
     ("--nets", "no_such_net"): "invalid choice: 'no_such_net'",
     ("--nets", "--shape", "1x2x3x4"): "--nets goes with",
