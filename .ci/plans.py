@@ -149,10 +149,15 @@ def show(target, xs: list[Row]) -> int:
             continue
         near = plans[:SHOWN]
         print(f"the chosen plan, then those of least predicted µs; {len(plans)} were considered")
-        if target.cuda:
-            copy_us = variant.measure(x, near, nets.make_pool([x], target.device))
-        print("\n".join(markdown([cells(plan, differing(near), target.cuda) for plan in near])))
-        if target.cuda:
+        timed = target.cuda
+        try:
+            if timed:
+                copy_us = variant.measure(x, near, nets.make_pool([x], target.device))
+        except torch.OutOfMemoryError:
+            timed = False
+            print("not timed: that needs more GPU memory")
+        print("\n".join(markdown([cells(plan, differing(near), timed) for plan in near])))
+        if timed:
             regret = Regret(x, "", near).regret
             print(
                 f"the chosen takes {regret:.3f} × the fastest; a copy {copy_us:.1f} µs", flush=True

@@ -6,6 +6,7 @@ GPU: what another one has measured stays, with the commit that it was measured a
 
 import hashlib
 import re
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -31,12 +32,11 @@ SM_80_ROWS = [Row(s) for s in ((64, 64, 512, 512), (16, 64, 256, 256), (32, 512,
 
 def version() -> str:
     """The commit, or without a repository what git calls the content of model_new.py."""
-    git = lambda *command: subprocess.run(
-        ["git", "-C", ROOT, *command], capture_output=True, text=True
-    )
-    head = git("log", "-1", "--format=%h", "--", "model_new.py")
-    if head.stdout and git("diff", "--quiet", "HEAD", "--", "model_new.py").returncode == 0:
-        return f"commit {head.stdout.strip()}"
+    git = f"git -C {shlex.quote(str(ROOT))}"
+    clean = f"{git} diff --quiet HEAD -- model_new.py && {git} log -1 --format=%h -- model_new.py"
+    commit = subprocess.run(clean, shell=True, capture_output=True, text=True).stdout.strip()
+    if commit:
+        return f"commit {commit}"
     text = (ROOT / "model_new.py").read_bytes()
     blob = hashlib.sha1(b"blob %d\0" % len(text) + text).hexdigest()[:10]
     return f"blob {blob} (git log --find-object={blob})"

@@ -115,7 +115,7 @@ def test_forward(pretended, capsys, tmp_path):
             *("0.500", "3.000", "1.500"),
         ]
     assert "× copy:     0.500, 0.500, 0.500 (4 rows); where a copy takes > 12 µs: 0.5" in said
-    assert "behind theirs: 0 rows, by more than 10 %: 0" in said
+    assert "behind theirs: 0 rows, by more than 10 %: 0\n" in said
     assert "8 rows in" in said and "ours wrong or failed: 0" in said
     rows = json.loads(path.read_text().replace("NaN", "null"))["rows"]
     assert [row["layers"] for row in rows] == [2, 1, 3, 1] * 2
@@ -140,6 +140,18 @@ def test_a_wrong_or_failing_kernel_fails_the_run(pretended, capsys, ours, traini
     said = capsys.readouterr().out
     assert "ours wrong or failed: 4" in said  # two rows with 8 channels, two layouts
     assert ("y differs from eager's" if ours is Wrong else "no such kernel") in said
+
+
+@pytest.mark.parametrize("wrong", [1, 2, 3])
+def test_a_wrong_gradient_is_found(wrong):
+    want = [torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5), torch.rand(3), torch.rand(3)]
+    got = [t.clone() for t in want]
+    assert nets.difference(Row((2, 3, 4, 5)), got, want) == ""
+    got[wrong].view(-1)[1] += 0.05
+    name = ("y", "dx", "dgamma", "dbeta")[wrong]
+    assert f"{name} differs from eager's by 0.05" in nets.difference(Row((2, 3, 4, 5)), got, want)
+    got[wrong].view(-1)[1] = math.nan
+    assert f"{name} differs from eager's by nan" in nets.difference(Row((2, 3, 4, 5)), got, want)
 
 
 @pytest.mark.emulated
@@ -358,3 +370,25 @@ def test_a_wrong_store_shows_in_channel_0(target, case):
     names = {**target.names, "ModelNew": Broken}
     with pytest.raises(AssertionError, match=r"y\[\d+, 0, "):
         check.check_case(check.Target(names, target.device, target.emulator), case)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_nets_with_the_real_turns(monkeypatch, capsys, training):
+    """Nothing but the clock and the memory of a GPU is pretended."""
+
+    class Event(FakeEvent):
+        def record(self):
+            FakeEvent.now += 1
+            super().record()
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: empty(*a, **k))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "flush_bytes", lambda: 4096)
+    monkeypatch.setattr(nets, "NETS", TINY)
+    assert nets.run(given(training=training), Fake, Fake, "cpu") == 0
+    said = capsys.readouterr().out
+    assert "8 rows in" in said and "nan" not in said
+    assert said.count("1.000, 1.000, 1.000 (4 rows)") == (4 if training else 6)

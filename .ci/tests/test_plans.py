@@ -132,6 +132,16 @@ def test_plan_on_a_gpu(made_up, capsys):
     assert "the chosen takes 1.333 × the fastest; a copy 6.0 µs" in said
 
 
+def test_plan_of_what_leaves_no_room(made_up, monkeypatch, capsys):
+    def measure(self, row, some, pool):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(FakePlans, "measure", measure)
+    assert plans.show(FakeTarget(), [Row((2, 3, 4, 5))]) == 0
+    said = capsys.readouterr().out
+    assert "needs more GPU memory" in said and "| predicted |       a |" in said
+
+
 def test_regret(made_up, capsys, tmp_path):
     path = tmp_path / "rows.json"
     with path.open("w") as file:
