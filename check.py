@@ -449,7 +449,7 @@ def main() -> int:
         return plans.regret(given, target)
     theirs = given.against and load_on_gpu(renamed(given.against, "theirs"))
     if given.nets is not None:
-        return nets.run(given, target.model, theirs and theirs.model)
+        return nets.run(given, target.model, theirs and theirs.model, target.device)
     errors = run_cases(cases, target)
     if theirs:
         run_cases(cases, theirs, "theirs: ")
@@ -462,7 +462,7 @@ def main() -> int:
     passed = len(errors) - failed
     if given.readme:
         sm_80 = load_on_gpu(sm_80_text(text)).model
-        failed += readme.write(errors, measured, target.model, sm_80)
+        failed += readme.write(errors, measured, target.model, sm_80, target.device)
     print(f"{passed} passed, {failed} failed")
     return 1 if failed else 0
 

@@ -339,7 +339,7 @@ def measure_nets(bench: Bench, names, channels_last: bool) -> list[Measured]:
     return every
 
 
-def run(given: argparse.Namespace, ours: Callable, theirs: Callable | None, device="cuda") -> int:
+def run(given: argparse.Namespace, ours: Callable, theirs: Callable | None, device: str) -> int:
     """--nets; 1 if ours was wrong or failed anywhere."""
     make = ({"theirs": theirs} if theirs else {}) | {"ours": ours}
     bench, start = Bench(make, device, given.training, given.compile), time.perf_counter()

@@ -141,9 +141,7 @@ def fill(contents: dict[str, str], files=FILES) -> None:
         print(f"no place for: {', '.join(sorted(missing))}")
 
 
-def write(
-    errors: dict, rows: list[Measured], ours: Callable, sm_80: Callable, device: str = "cuda"
-) -> int:
+def write(errors: dict, rows: list[Measured], ours: Callable, sm_80: Callable, device: str) -> int:
     """errors, rows: of the cases, of the NCHW table. The rest is measured here.
 
     Returns how many rows of the nets failed.

@@ -12,6 +12,7 @@ import sys
 import nets
 import pytest
 import readme
+import texts
 import timing
 import torch
 from nets import Net
@@ -67,8 +68,7 @@ class Failing(Fake):
         return super().forward(x)
 
 
-def time_of(name: str, call: int) -> float:
-    return {"copy": 10, "eager": 60, "compile": 40, "theirs": 30, "ours": 20}[name]
+TIMES = {"copy": 10, "eager": 60, "compile": 40, "theirs": 30, "ours": 20}
 
 
 @pytest.fixture
@@ -76,13 +76,12 @@ def pretended(monkeypatch):
     """Times are made up, so that sums and ratios are known; every contender runs once."""
     calls = []
 
-    def take_turns(contenders, inputs, repeats, spin):
+    def take_turns(contenders, inputs, repeats, spin=0):
         calls.append((dict(contenders), inputs, spin))
-        for name, contender in contenders.items():
+        for contender in contenders.values():
             contender(inputs[-1])
-            assert name in ("copy", "eager", "theirs", "ours")
         numel = (inputs[0] if isinstance(inputs[0], torch.Tensor) else inputs[0][0]).numel()
-        return {name: [numel * time_of(name, 0) / 48.0] * 9 for name in contenders}
+        return {name: [numel * TIMES.get(name, 25) / 48.0] * 9 for name in contenders}
 
     monkeypatch.setattr(timing, "take_turns", take_turns)
     monkeypatch.setattr(timing, "flush_bytes", lambda: 4096)
@@ -296,6 +295,7 @@ WRONG = {  # arguments, and what the line says of them
     ("--nets", "no_such_net"): "invalid choice: 'no_such_net'",
     ("--nets", "--shape", "1x2x3x4"): "--nets goes with",
     ("--nets", "--dtype", "float16"): "--nets goes with",
+    ("--nets", "--regret", "--training"): "--regret goes with",
     ("--against", ""): "--against must be a file or revision with ModelNew, got ''",
     ("--against", sys.executable): "--against must be a file or revision with ModelNew, got",
     ("--against", "no such thing"): "--against must be a file or revision with ModelNew, got",
@@ -392,3 +392,47 @@ def test_nets_with_the_real_turns(monkeypatch, capsys, training):
     said = capsys.readouterr().out
     assert "8 rows in" in said and "nan" not in said
     assert said.count("1.000, 1.000, 1.000 (4 rows)") == (4 if training else 6)
+
+
+@pytest.fixture
+def pretended_gpu(pretended, documents, monkeypatch, model_new, text):
+    """What check.py asks of a GPU; the kernels are emulated."""
+    loaded = []
+
+    def load(changed):
+        loaded.append(changed)
+        variant = texts.considering(text)
+        of_plans = "fused_batch_norm_considered" in changed
+        return check.Target(check.load_emulator().load(variant) if of_plans else model_new, "cpu")
+
+    properties = argparse.Namespace(name="a card", multi_processor_count=132, L2_cache_size=1024)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(check, "load_on_gpu", load)
+    monkeypatch.setattr(check, "CASES", [check.Case("small", (2, 3, 4, 4))])
+    made_up = timing.measure_rows
+    monkeypatch.setattr(
+        timing, "measure_rows", lambda rows, ours, *rest, **more: made_up(rows, ours)
+    )
+    return loaded
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(
+    "arguments, loaded, said",
+    [
+        (["--nets"], 1, "8 rows in"),
+        (["--nets", "second", "--training"], 1, "2 rows in"),
+        (["--nets", "--against", str(check.TEXT_PATH), "--channels-last"], 2, "× theirs:   1.500"),
+        (["--against", str(check.TEXT_PATH)], 2, "theirs: small, 2×3×4×4 float32"),
+        (["--plan", "2x3x4x5"], 1, "plan of 2×3×4×5 float32"),
+        (["--readme"], 2, "written: claim H200, nets H200"),
+        ([], 1, "1 passed, 0 failed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_on_a_pretended_gpu(pretended_gpu, monkeypatch, capsys, target, arguments, loaded, said):
+    monkeypatch.setattr("sys.argv", ["check.py", *arguments])
+    assert check.main() == 0
+    assert said in capsys.readouterr().out and len(pretended_gpu) == loaded
