@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import re
 import sys
 
 import pytest
