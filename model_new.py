@@ -2146,6 +2146,12 @@ struct FusedBatchNormBackward final : Node {
 
   string name() const override { return "FusedBatchNormBackward"; }
 
+  // Asked for by compiled autograd, of an eager forward: a compiled one has another node.
+  void compiled_args(torch::autograd::CompiledNodeArgs&) const override {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, must("forward", "be compiled as well", "compiled autograd over an eager forward"));
+  }
+
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto& variable : saved) variable.reset_data();
@@ -2220,6 +2226,10 @@ Outputs run_with_autograd(PARAMETERS) {
   return outputs;
 }
 
+void refuse_vmap(const c10::OperatorHandle&, c10::Stack*) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, must("x", "be one 4-D tensor (N, C, H, W)", "vmap's batch"));
+}
+
 // The launch plan of a contiguous, aligned x on the current device: the words of struct Plan.
 std::vector<int64_t> plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bool training,
                           MaybeDouble momentum, bool channels_last) {
@@ -2256,6 +2266,9 @@ EXPANDED(TORCH_LIBRARY, TORCH_EXTENSION_NAME, m) {
       "Tensor? running_mean, Tensor? running_var) -> Tensor");
   m.impl("eval", any_device, &eval<run>);
   m.impl("eval", autograd, &eval<run_with_autograd>);
+  for (const char* name : {"fused_batch_norm_forward", "train", "eval"})
+    m.impl(name, c10::DispatchKey::FuncTorchBatched,
+           torch::CppFunction::makeFromBoxedFunction<&refuse_vmap>());
   m.def(
       "fused_batch_norm_plan(int N, int C, int HW, ScalarType dtype, bool training, "
       "float? momentum, bool channels_last=False) -> int[]",
@@ -2404,6 +2417,11 @@ class ModelNew(torch.nn.Module):
             buffers["num_batches_tracked"] if self.training else None,
             self.training or running_mean is None,
             self.momentum,
+        )
+
+    def __prepare_scriptable__(self):  # called by torch.jit.script
+        raise NotImplementedError(
+            "ModelNew must be traced, exported or compiled, got torch.jit.script"
         )
 
     def extra_repr(self):
