@@ -150,7 +150,7 @@ struct RelaxedStore {  // done, but not yet seen by those whom nothing has told
 
 struct Device {
   int multiprocessors = 3, shared_bytes = 16 * 1024, capability = 90;
-  int granted = 3;  // multiprocessors that this process may use, as a green context or an MPS share grants them
+  int granted = 3;  // of them, those that launches may use, as in a green context
 };
 
 struct Random {  // splitmix64
