@@ -235,6 +235,12 @@ __device__ void st_relaxed(SumSlot<A>* to, SumSlot<A> slot) {
 }
 
 __device__ void nanosleep() { __nanosleep(40); }
+
+// Sleeps for about so many clock cycles.
+__device__ void nanosleep_cycles(int64_t cycles) {
+  const int64_t start = clock64();
+  while (clock64() - start < cycles) __nanosleep(20);
+}
 #undef ASM
 #undef WAIT
 #else
@@ -426,6 +432,10 @@ struct Plan {
   int stage_bytes;         // of shared memory for a stage's barriers, sums, results and pivots
   int shared_bytes;        // of shared memory of a block
   int group_bytes;         // of scratch memory for a group's counters and slots
+  // Blocks of one multiprocessor may start one after the other.
+  int multiprocessors;  // blocks that start at once
+  int stagger_turns;    // blocks of a multiprocessor that are co-resident at first
+  int stagger_cycles;   // clock cycles by which each of them starts later than the one before
 };
 
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
@@ -648,9 +658,11 @@ struct Group {
   __device__ bool is_whole(const Origin& o, const Cursor& c) const {
     if (kLayout == kNchwMasked) return c.in_line - 1 < max(width, 3u) - 3;  // not at a plane's edge
     if (kLayout == kNhwcMasked)  // not at an edge of the group or of x
-      return o.end - o.begin == kSize && vector(o, c) - 1 < max(a.whole_vectors, 1u) - 1;
+      return o.end - o.begin == kSize && is_inside_x(vector(o, c));
     return true;
   }
+  // Neither the first one of x, nor past the last whole one.
+  __device__ bool is_inside_x(unsigned v) const { return v - 1 < max(a.whole_vectors, 1u) - 1; }
 
   // Those that count, of any vector. May be none.
   __device__ Elements elements(const Origin& o, const Cursor& c) const {
@@ -661,6 +673,7 @@ struct Group {
       if (c.in_line == 0) e.begin = before;
       if (past >= 0) e.end = min(a.tail + before - past * kSize, kSize);
     } else if constexpr (kLayout == kNhwcMasked) {
+      if (is_inside_x(vector(o, c))) return e;
       const int64_t first = int64_t(vector(o, c)) * kSize - a.misalignment;  // element of x
       e.begin = int(max(int64_t(e.begin), -first));
       e.end = int(min(int64_t(e.end), a.N * a.C * a.HW - first));
@@ -1222,6 +1235,12 @@ __global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kDeep, kExt
   }
   if (samples) exchange_warp.set_pivots(exchange_warp.stage, sample);
 
+  // In step, the blocks of a multiprocessor would all load, then all store, and memory would rest
+  // in between: each waits until memory has had time to read what those before it have asked for.
+  if (a.stagger_cycles > 0)
+    if (const int turn = blockIdx.x / a.multiprocessors; turn < a.stagger_turns)
+      nanosleep_cycles(int64_t(turn) * a.stagger_cycles);
+
   // Step i sums group i + stages − 1, then stores group i and refills its places with group
   // i + stages. Before step 0 there is nothing to store, and the loads are issued by themselves:
   //   stages = 1   step  0: load 0, sum 0,             store 0, refilling with 1
@@ -1296,19 +1315,20 @@ struct Device {
 };
 
 // What a plan takes: fitted to plans timed on an H200, by check.py --nets --regret.
-constexpr double kBytes = 30300;       // bytes that memory moves in a µs for one multiprocessor
-constexpr double kVector = .26;        // µs for a vector of each thread: summed and stored
-constexpr double kMaskedVector = .42;  // µs where not all elements of a vector may count
-constexpr double kWarp = .1;           // µs for a worker warp of a multiprocessor, in each round
-constexpr double kExchange = 2.5;      // µs from a block's last vector to its first store
-constexpr double kTeamExchange = 1.1;  // µs more with a team of as many blocks as multiprocessors
-constexpr double kMessage = .00021;    // µs for a channel's sums that a block gets from another
-constexpr double kPartial = .067;      // µs for each NHWC partial sum that a lane adds up
-constexpr double kGridLaunch = 3.3;    // µs more for a cooperative launch
-constexpr double kBusiest = .3;        // of the busiest multiprocessor's bytes against the mean
-constexpr double kSplitLine = .4;      // of bytes in cache lines that groups share
-constexpr double kReread = .38;        // of bytes read again that L2 does not hold
-constexpr double kLastWave = .35;      // of the last wave's idle part
+constexpr double kBytes = 30300;        // bytes that memory moves in a µs for one multiprocessor
+constexpr double kVector = .26;         // µs for a vector of each thread: summed and stored
+constexpr double kMaskedVector = .42;   // µs where not all elements of a vector may count
+constexpr double kWarp = .1;            // µs for a worker warp of a multiprocessor, in each round
+constexpr double kExchange = 2.5;       // µs from a block's last vector to its first store
+constexpr double kTeamExchange = 1.1;   // µs more with a team of as many blocks as multiprocessors
+constexpr double kMessage = .00021;     // µs for a channel's sums that a block gets from another
+constexpr double kPartial = .067;       // µs for each NHWC partial sum that a lane adds up
+constexpr double kGridLaunch = 3.3;     // µs more for a cooperative launch
+constexpr double kBusiest = .3;         // of the busiest multiprocessor's bytes against the mean
+constexpr double kSplitLine = .4;       // of bytes in cache lines that groups share
+constexpr double kReread = .38;         // of bytes read again that L2 does not hold
+constexpr int64_t kBytesPerCycle = 16;  // that a multiprocessor reads while others read too
+constexpr double kLastWave = .35;       // of the last wave's idle part
 
 // What is tried: worker warps of a multiprocessor, channels of packed planes, teams that read
 // vectors again, numbers of teams of a group, and all up to a few. Little else was ever the fastest.
@@ -1467,15 +1487,36 @@ struct Planner {
     return {};
   }
 
+  // The same with blocks of a multiprocessor that start one after the other. If more blocks than are
+  // co-resident follow later, no block more may be than in turns.
+  std::optional<Plan> staggered(const std::optional<Plan>& of) const {
+    if (!of || of->cooperative || resident(*of) < 2 || of->teams <= multiprocessors) return {};
+    Plan p = *of;
+    p.multiprocessors = multiprocessors;
+    p.stagger_turns = resident(p);
+    p.stagger_cycles =
+        int(int64_t(p.vectors_per_thread) * p.workers * kVectorBytes / kBytesPerCycle);
+    if (int64_t(p.teams) * p.team.divisor > int64_t(multiprocessors) * p.stagger_turns)
+      p.shared_bytes =
+          int(std::max<int64_t>(p.shared_bytes, multiprocessor_bytes / (p.stagger_turns + 1) -
+                                                    device.reserved_bytes + 16));
+    return p;
+  }
+
+  // Blocks for which a multiprocessor has room.
+  int resident(const Plan& p) const {
+    return int(std::min<int64_t>(
+        {multiprocessor_bytes / (p.shared_bytes + device.reserved_bytes),
+         std::max(resident_threads(p.layout, size, p.deep, extra) / block_threads(p), 1), 32}));
+  }
+
   // What the plan takes, in µs. In each round, a multiprocessor moves, sums and stores a group's
   // share in each of its blocks and waits for the teams' sums, unless other groups or blocks keep
   // it busy.
   double cost(const Plan& p) const {
     const int team = p.team.divisor, blocks = ceil_div(int64_t(team) * p.teams, multiprocessors);
-    const int64_t room = std::min<int64_t>(  // for blocks, at once
-        multiprocessor_bytes / (p.shared_bytes + device.reserved_bytes),
-        std::max(resident_threads(p.layout, size, false, extra) / block_threads(p), 1));
-    const double resident = p.cooperative ? blocks : std::min<int64_t>(room, blocks);
+    const int room = resident(p);
+    const double resident = p.cooperative ? blocks : std::min(room, blocks);
     const double waves = double(team) * p.teams / multiprocessors / room;
     const double rounds = p.rounds * std::max(waves, 1.);
     double wait = kExchange;
