@@ -312,18 +312,13 @@ using Accumulator = std::conditional_t<sizeof(T) == 8, double, float>;
 // Sums over a part of a channel, with d = x − pivot. All parts of a channel have the same pivot, so
 // they simply add.
 template <typename A>
-struct Sums {
+struct alignas(2 * sizeof(A)) Sums {
   A s1 = 0, s2 = 0;  // Σ d, Σ d²
 
   __device__ void add(const Sums& other) {
     s1 += other.s1;
     s2 += other.s2;
   }
-};
-
-template <typename A>
-struct Result {  // y = (x − mean)·scale + shift
-  A mean, scale, shift;
 };
 
 // A parameter, or an element of a running buffer: a float, or of x's own type.
@@ -426,8 +421,10 @@ struct Plan {
   int deep;                // 1: the kernel with many vectors in registers
   int unit_bits;           // an exchange warp has up to 1 << unit_bits channels
   int units;               // exchange warps of a stage
-  int partial_width;       // partial sums of a line
   int partial_lines;       // lines of partial sums, which are added up for the block's sums
+  int partial_stride;      // partial sums from an element of the vectors to the next (NHWC)
+  int partials;            // partial sums of a stage
+  int channel_stride;      // channels of a group, rounded up to whole 16 bytes of sums
   int stage_at;            // bytes of shared memory before what the stages share
   int stage_bytes;         // of shared memory for a stage's barriers, sums, results and pivots
   int shared_bytes;        // of shared memory of a block
@@ -486,6 +483,13 @@ __device__ Sums<A> warp_sum(const Sums<A>& own, int lowest = 1) {
   return {warp_sum(own.s1, lowest), warp_sum(own.s2, lowest)};
 }
 
+// One arrival for a warp whose lanes all call: one each would pass the barrier one after the other,
+// which takes 100 cycles a warp. __syncwarp orders what the other lanes have done before it.
+__device__ void mbarrier_arrive_warp(Mbarrier* b) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(b);
+}
+
 // -------------------------------------------------------------------------------------------------
 // The block: what its warps share
 // -------------------------------------------------------------------------------------------------
@@ -520,10 +524,10 @@ template <typename T>
 struct Stage {  // as group i finds it
   using A = Accumulator<T>;
   Mbarrier *summed, *ready;
-  unsigned parity;    // of group i's phase
-  Sums<A>* partial;   // [partial_lines][partial_width]
-  Result<A>* result;  // [channels]
-  A* pivot;           // [channels]
+  unsigned parity;          // of group i's phase
+  Sums<A>* partial;         // [partials], see Worker::store_partials
+  A *mean, *scale, *shift;  // [channels] the result: y = (x − mean)·scale + shift
+  A* pivot;                 // [channels]
 };
 
 template <typename T>
@@ -544,11 +548,17 @@ struct Block {
   __device__ Stage<T> stage(int i) const {
     const unsigned phase = divide(i, a.stages), stage = i - phase * a.stages.divisor;
     auto* const partial = reinterpret_cast<Sums<A>*>(shared + a.stage_at + stage * a.stage_bytes);
-    auto* const result = reinterpret_cast<Result<A>*>(partial + a.partial_lines * a.partial_width);
-    auto* const pivots = reinterpret_cast<A*>(result + a.channels);
+    auto* const result = reinterpret_cast<A*>(partial + a.partials);
+    const int channels = a.channel_stride;
     StageBarriers& barriers = head.barriers[stage];
-    return {&barriers.summed, &barriers.ready, phase & 1,
-            partial,          result,          pivots + (phase & 1) * a.channels};
+    return {&barriers.summed,
+            &barriers.ready,
+            phase & 1,
+            partial,
+            result,
+            result + channels,
+            result + 2 * channels,
+            result + (3 + (phase & 1)) * channels};
   }
 };
 
@@ -681,16 +691,23 @@ struct Group {
     return e;
   }
 
-  // Calls use(k, channel in the group) for each channel that this thread knows: one, or that of each
-  // element k of its vectors; where that element does not count, with any channel.
-  template <typename Use>
-  __device__ void each_channel(Use use) const {
-    int c = channel;
+  // What the channels of this thread's vectors have in `from` [channels of the group]: the one
+  // channel, or that of each element; any channel's, where that element does not count.
+  __device__ void load_channels(A (&of)[kChannelsPerVector], const A* from) const {
+    if constexpr (kLayout == kNhwc) {  // side by side, and aligned
 #pragma unroll
-    for (int k = 0; k < kChannelsPerVector; ++k) {
-      use(k, min(unsigned(c), unsigned(a.channels) - 1));
-      if (kLayout != kNchwPacked || k + 1 == split) ++c;
-      if (c == int(a.C) && periodic()) c = 0;
+      for (int k = 0; k < kSize; k += 4) {
+        const uint4 words = *reinterpret_cast<const uint4*>(from + channel + k);
+        memcpy(&of[k], &words, sizeof words);
+      }
+    } else {
+      int c = channel;
+#pragma unroll
+      for (int k = 0; k < kChannelsPerVector; ++k) {
+        of[k] = from[min(unsigned(c), unsigned(a.channels) - 1)];
+        if (kLayout != kNchwPacked || k + 1 == split) ++c;
+        if (c == int(a.C) && periodic()) c = 0;
+      }
     }
   }
 
@@ -740,18 +757,22 @@ struct Group {
     }
   }
 
+  struct Result {  // of the channels of this thread's vectors
+    A mean[kChannelsPerVector], scale[kChannelsPerVector], shift[kChannelsPerVector];
+  };
+
   // y = (x − mean)·scale + shift; shift holds beta, and what rounding the mean has lost. The mean
   // is subtracted first: folded into the shift, it would cost digits where |mean| ≫ std.
-  __device__ void store(const Vector<T>& v, const Origin& o, const Cursor& c,
-                        const Result<A> (&results)[kChannelsPerVector], bool streaming) const {
+  __device__ void store(const Vector<T>& v, const Origin& o, const Cursor& c, const Result& r,
+                        bool streaming) const {
     const bool whole = is_whole(o, c);
     const Elements e = whole ? Elements{0, kSize} : elements(o, c);
     if (e.begin >= e.end) return;
     A normal[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const Result<A>& r = results[i % kChannelsPerVector];
-      normal[i] = (widen(v, i) - r.mean) * r.scale + r.shift;
+      const int k = i % kChannelsPerVector;
+      normal[i] = (widen(v, i) - r.mean[k]) * r.scale[k] + r.shift[k];
     }
     const Vector<T> v_y = make_vector<T>(normal);
     Vector<T>* const to = y + vector(o, c);
@@ -863,7 +884,7 @@ struct Worker {
     const auto origin = group.origin(b.group(i));
     const auto stage = b.stage(i);
     A pivot[G::kChannelsPerVector];
-    group.each_channel([&](int k, unsigned channel) { pivot[k] = stage.pivot[channel]; });
+    group.load_channels(pivot, stage.pivot);
     Sums<A> sums[G::kAccumulators];
     Cursor c = start;
     const auto add = [&](auto& v, auto& at) { group.sum(sums, v, origin, at, pivot); };
@@ -893,14 +914,15 @@ struct Worker {
       }
       cp_async_commit_group();
     }
-    mbarrier_arrive(stage.summed);  // by all lanes: what each has read may be overwritten now
+    mbarrier_arrive_warp(stage.summed);
   }
 
   // Hands this thread's sums to the exchange warps; `accumulate`: adds them to those it has handed
   // over for this group before. Channel → partial sum, as block_sums finds them:
   //   one channel  [warp]
   //   kNchwPacked  [line of the block][column][first or second channel of the vector]
-  //   kNhwc*       [line of the block, or warp where it has whole lines][column][element]
+  //   kNhwc*       [element][line of the block, or warp where it has whole lines][column], so that
+  //                lanes write side by side
   __device__ void store_partials(Sums<A>* partial, Sums<A> (&sums)[G::kAccumulators],
                                  bool accumulate) const {
     if constexpr (!keeps_column(kLayout)) {
@@ -934,8 +956,9 @@ struct Worker {
       if (by_warp ? unsigned(b.lane) < width : thread < unsigned(a.workers))
 #pragma unroll
         for (int e = 0; e < G::kAccumulators; ++e) {
-          if (accumulate) sums[e].add(partial[at * G::kAccumulators + e]);
-          partial[at * G::kAccumulators + e] = sums[e];
+          Sums<A>& to = partial[e * a.partial_stride + at];
+          if (accumulate) sums[e].add(to);
+          to = sums[e];
         }
     }
   }
@@ -960,8 +983,10 @@ struct Worker {
     const bool refills = next < b.groups;
     const auto stage = b.stage(i);
     mbarrier_wait(stage.ready, stage.parity);
-    Result<A> result[G::kChannelsPerVector];
-    group.each_channel([&](int k, unsigned channel) { result[k] = stage.result[channel]; });
+    typename G::Result result;
+    group.load_channels(result.mean, stage.mean);
+    group.load_channels(result.scale, stage.scale);
+    group.load_channels(result.shift, stage.shift);
     // Newest first: L2 still has those. The ring holds the last kRing; each turn as in sum().
 #pragma unroll 1
     for (int r = ring_vectors - 1; kCanReread && r >= 0; --r) {
@@ -1086,12 +1111,17 @@ struct ExchangeWarp {
   __device__ Sums<A> block_sums(const Sums<A>* partial) const {
     constexpr int kSize = Vector<T>::kSize;
     Sums<A> sums;
-    const auto add_lines = [&](unsigned at, int first, int step) {
-      Sums<A> of_lines;  // each with a sum of its own: one chain would be long, see kChain
+    const unsigned width = a.width.divisor;
+    const auto add_lines = [&](const Sums<A>* from, int stride, int first, int step) {
+      Sums<A> of_lines;  // a sum of its own: one chain of all would be long, see kChain
 #pragma unroll 2
       for (int line = first; line < a.partial_lines; line += step)
-        of_lines.add(partial[line * a.partial_width + at]);
+        of_lines.add(from[line * stride]);
       sums.add(of_lines);
+    };
+    // NHWC: of element i of the lines, whose sums the channel's lanes share.
+    const auto add_element = [&](unsigned i) {
+      add_lines(partial + i % kSize * a.partial_stride + i / kSize, width, part, parts);
     };
     if constexpr (!keeps_column(kLayout)) {
       if (b.lane < a.partial_lines) sums.add(partial[b.lane]);
@@ -1100,17 +1130,16 @@ struct ExchangeWarp {
       const unsigned first = channel * unsigned(a.HW), end = first + unsigned(a.HW);
 #pragma unroll 1
       for (unsigned column = first / kSize + part; column * kSize < end; column += parts)
-        add_lines(2 * column + (column * kSize < first), 0, 1);
-    } else if constexpr (kLayout == kNhwc) {  // they share the lines
-      add_lines(channel, part, parts);
-    } else {  // they share the lines; each pixel of a line has an entry
-      const unsigned segment = a.segment.divisor * kSize, width = a.width.divisor * kSize;
+        add_lines(partial + 2 * column + (column * kSize < first), 2 * width, 0, 1);
+    } else if constexpr (kLayout == kNhwc) {
+      add_element(channel);
+    } else {  // each pixel of a line has an element
+      const unsigned segment = a.segment.divisor * kSize, elements = width * kSize;
 #pragma unroll 1
       for (unsigned pixel = 0; pixel < a.pixels; ++pixel) {
         const unsigned first = pixel * unsigned(a.C) + a.misalignment, in_line = first + channel;
-        const unsigned periodic = in_line - (in_line < width ? 0 : width);
-        add_lines(segment == width ? periodic : pixel * segment + first % kSize + channel, part,
-                  parts);
+        const unsigned periodic = in_line - (in_line < elements ? 0 : elements);
+        add_element(segment == elements ? periodic : pixel * segment + first % kSize + channel);
       }
     }
     return warp_sum(sums, unit_channels);
@@ -1182,8 +1211,12 @@ struct ExchangeWarp {
         var = m2 * a.per_element;
       }
       const double inv_std = rsqrt(var + a.eps), scale = inv_std * of.gamma;
-      if (leads) own.result[channel] = {A(mean), A(scale), A(of.beta - (mean - A(mean)) * scale)};
-      mbarrier_arrive(own.ready);
+      if (leads) {
+        own.mean[channel] = A(mean);
+        own.scale[channel] = A(scale);
+        own.shift[channel] = A(of.beta - (mean - A(mean)) * scale);
+      }
+      mbarrier_arrive_warp(own.ready);
       if (a.training && b.rank == 0 && leads) save(channel_in_x(i), of, mean, m2, inv_std);
       prepare_pivots(i + 2 * stages);
       of = load_channel(i + stages);
@@ -1264,8 +1297,8 @@ __global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kDeep, kExt
       if (threadIdx.x == 0) {
 #pragma unroll 1
         for (int stage = 0; stage < stages; ++stage) {
-          mbarrier_init(&b.head.barriers[stage].summed, blockDim.x - 32 * a.exchange_warps);
-          mbarrier_init(&b.head.barriers[stage].ready, 32 * a.units);
+          mbarrier_init(&b.head.barriers[stage].summed, blockDim.x / 32 - a.exchange_warps);
+          mbarrier_init(&b.head.barriers[stage].ready, a.units);
         }
       }
       __syncthreads();  // shows the barriers, the factor and the first pivots
@@ -1437,13 +1470,17 @@ struct Planner {
     const int stages = p.stages.divisor;
     p.workers = workers;
     p.smem_vectors = smem_vectors;
-    p.partial_width = is_nhwc(p.layout)         ? p.width.divisor * size
-                      : p.layout == kNchwPacked ? p.width.divisor * 2
-                                                : 1;
-    p.partial_lines = ceil_div(workers, unit(p) == 32 ? 32 : p.width.divisor);
+    const bool by_warp = unit(p) == 32;
+    p.partial_lines = ceil_div(workers, by_warp ? 32 : p.width.divisor);
+    // Not a multiple of the banks, so that lanes that add different elements find them in others.
+    p.partial_stride = (p.partial_lines * p.width.divisor + 15) / 16 * 16 + 2;
+    p.partials = is_nhwc(p.layout)         ? size * p.partial_stride
+                 : p.layout == kNchwPacked ? 2 * p.partial_lines * p.width.divisor
+                                           : p.partial_lines;
+    p.channel_stride = ceil_div(p.channels, 4) * 4;
     p.stage_at = int(sizeof(Head)) + stages * smem_vectors * workers * kVectorBytes;
-    const int sums = 2 * p.partial_lines * p.partial_width;
-    p.stage_bytes = ceil_div((sums + (3 + 2) * p.channels) * accumulator_bytes, 16) * 16;
+    p.stage_bytes =
+        ceil_div((2 * p.partials + (3 + 2) * p.channel_stride) * accumulator_bytes, 16) * 16;
     p.shared_bytes = p.stage_at + stages * p.stage_bytes;
     return p;
   }
