@@ -77,7 +77,10 @@ FUSED_BATCH_NORM_CUDA = r"""
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstring>
+#include <map>
 #include <numeric>
 #include <optional>
 #include <type_traits>
@@ -89,21 +92,25 @@ namespace {
 // Constants
 // -------------------------------------------------------------------------------------------------
 constexpr int kVectorBytes = 16;   // one access of one thread
-constexpr int kLineBytes = 128;    // of L2
-constexpr int kUnitChannels = 8;   // channels of an exchange warp; more where a group would take
-constexpr int kUnits = 4;          // more such warps than these in a block
-constexpr int kMaxCluster = 8;     // blocks, that any GPU with clusters takes
+constexpr int kLineBytes = 128;    // a cache line of L2
 constexpr int kMaxThreads = 1024;  // of a block
+constexpr int kMaxStages = 3;      // groups in flight in a block
+constexpr int kUnitChannels = 8;   // channels of an exchange warp, more where kMaxUnits bounds it
+constexpr int kMaxUnits = 4;       // exchange warps of a block with one stage
+constexpr int kRing = 4;           // places of a thread through which reread vectors pass
+// A thread adds at most about so many vectors to one sum: values of few digits, such as 16-bit
+// ones, are each rounded like the one before, so that the errors of a longer chain add up.
+constexpr int kChain = 32;
 
 // -------------------------------------------------------------------------------------------------
 // PTX, one instruction a function, named after it
 // -------------------------------------------------------------------------------------------------
 using Mbarrier = uint64_t;  // in shared memory
-// x is what L2 evicts last. (createpolicy.fractional would put this into a register.)
+// The cache policy of x: L2 evicts it last. (createpolicy.fractional would make the same value.)
 constexpr uint64_t kEvictLast = 0x14f0000000000000;
 
-// A block's sums on their way to the team. They travel in one piece, so −s2 vouches for s1: its
-// sign bit is set even if s2 is 0, so that it differs from the zeros of an empty slot.
+// A block's sums as they travel to its team, in one access. Scratch is zeroed first; −s2 has its
+// sign bit set even where s2 is 0, so a slot that has arrived differs from an empty one.
 template <typename A>
 struct alignas(2 * sizeof(A)) SumSlot {
   A s1, minus_s2;
@@ -121,29 +128,53 @@ __device__ unsigned shared_address(const void* p) { return unsigned(__cvta_gener
 
 #if __CUDA_ARCH__ >= 800
 __device__ void mbarrier_init(Mbarrier* b, unsigned arrivals) {
-  const unsigned at = shared_address(b);
-  ASM("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
+  ASM("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
 }
 
 __device__ void mbarrier_arrive(Mbarrier* b) {
-  const unsigned at = shared_address(b);
-  ASM("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(at) : "memory");
+  ASM("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
 }
 
 __device__ bool mbarrier_test_wait(Mbarrier* b, unsigned parity) {
-  const unsigned at = shared_address(b);
-  unsigned complete;
-  ASM("{ .reg .pred p;"
-#if __CUDA_ARCH__ >= 900  // may sleep a while; shows what peers have sent, too
-      "  mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;"
+#if __CUDA_ARCH__ >= 900  // try_wait may suspend the thread for a while
+#define WAIT "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;"
 #else
-      "  mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
+#define WAIT "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
 #endif
-      "  selp.u32 %0, 1, 0, p; }" : "=r"(complete) : "r"(at),
+  unsigned complete;
+  ASM("{ .reg .pred p; " WAIT " selp.u32 %0, 1, 0, p; }" : "=r"(complete) : "r"(shared_address(b)),
       "r"(parity) : "memory");
   return complete;
 }
-#else  // in software: arrivals so far in the lower half, arrivals of a phase in the upper one
+
+// Copies 16 bytes asynchronously. L2 fetches the whole line.
+__device__ void cp_async_16(void* shared, const void* global) {
+  ASM("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(
+          shared_address(shared)),
+      "l"(global), "l"(kEvictLast) : "memory");
+}
+
+// Makes one group of this thread's copies since the last commit.
+__device__ void cp_async_commit_group() { ASM("cp.async.commit_group;" :: : "memory"); }
+
+// Returns when all but the last kPending groups have landed; this thread sees them.
+template <int kPending>
+__device__ void cp_async_wait_group() {
+  ASM("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ void prefetch_global_L2(const void* global) {
+  ASM("prefetch.global.L2::evict_last [%0];" ::"l"(global) : "memory");
+}
+
+__device__ void ld_global_128(void* to, const void* global) {
+  uint4 v;
+  ASM("ld.global.L1::no_allocate.L2::cache_hint.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4], %5;" : "=r"(
+          v.x),
+      "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(global), "l"(kEvictLast));
+  memcpy(to, &v, sizeof v);
+}
+#else  // sm_75. Barriers: arrivals so far in the low half, arrivals of a phase in the high half
 __device__ void mbarrier_init(Mbarrier* b, unsigned arrivals) { *b = uint64_t(arrivals) << 32; }
 
 __device__ void mbarrier_arrive(Mbarrier* b) {
@@ -156,6 +187,15 @@ __device__ bool mbarrier_test_wait(Mbarrier* b, unsigned parity) {
   __threadfence_block();
   return (unsigned(word) / unsigned(word >> 32) & 1) != parity;
 }
+
+__device__ void ld_global_128(void* to, const void* global) {
+  *static_cast<uint4*>(to) = *static_cast<const uint4*>(global);
+}
+__device__ void cp_async_16(void* shared, const void* global) { ld_global_128(shared, global); }
+__device__ void cp_async_commit_group() {}
+template <int kPending>
+__device__ void cp_async_wait_group() {}
+__device__ void prefetch_global_L2(const void*) {}
 #endif
 
 // Returns when the phase of this parity is complete.
@@ -164,144 +204,47 @@ __device__ void mbarrier_wait(Mbarrier* b, unsigned parity) {
   }
 }
 
-// 16 bytes by this thread, some time later. L2 fetches the whole line of 128.
-__device__ void cp_async_16(void* shared, const void* global) {
-#if __CUDA_ARCH__ >= 800
-  ASM("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(
-          shared_address(shared)),
-      "l"(global), "l"(kEvictLast) : "memory");
-#else
-  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
-#endif
-}
-
-// 16 bytes, and the line that they are in, into L2.
-__device__ void prefetch_global_L2(const void* global) {
-#if __CUDA_ARCH__ >= 800
-  ASM("prefetch.global.L2::evict_last [%0];" ::"l"(global) : "memory");
-#endif
-}
-
-// Makes a group of this thread's cp_async_16 since the last one.
-__device__ void cp_async_commit_group() {
-#if __CUDA_ARCH__ >= 800
-  ASM("cp.async.commit_group;" :: : "memory");
-#endif
-}
-
-// Returns when all groups but the last `kPending` have landed, for this thread to see.
-template <int kPending>
-__device__ void cp_async_wait_group() {
-#if __CUDA_ARCH__ >= 800
-  ASM("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-#endif
-}
-
-// Into registers.
-__device__ void ld_global_128(void* to, const void* global) {
-  uint4 v;
-#if __CUDA_ARCH__ >= 800
-  ASM("ld.global.L1::no_allocate.L2::cache_hint.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4], %5;" : "=r"(
-          v.x),
-      "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(global), "l"(kEvictLast));
-#else
-  v = *static_cast<const uint4*>(global);
-#endif
-  memcpy(to, &v, sizeof v);
-}
-
-// Relaxed accesses, each in one piece.
-template <typename A>
-__device__ SumSlot<A> ld_relaxed(const SumSlot<A>* from) {
-  unsigned long long bits[2];
-  if constexpr (sizeof(A) == 4)
-    ASM("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(bits[0]) : "l"(from) : "memory");
-  else
-    ASM("{ .reg .b128 v; ld.relaxed.gpu.global.b128 v, [%2]; mov.b128 {%0, %1}, v; }" : "=l"(
-            bits[0]),
-        "=l"(bits[1]) : "l"(from) : "memory");
-  SumSlot<A> slot;
-  memcpy(&slot, bits, sizeof slot);
-  return slot;
-}
-
-template <typename A>
-__device__ void st_relaxed(SumSlot<A>* to, SumSlot<A> slot) {
-  unsigned long long bits[2];
-  memcpy(bits, &slot, sizeof slot);
-  if constexpr (sizeof(A) == 4)
-    ASM("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(bits[0]) : "memory");
-  else
-    ASM("{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.gpu.global.b128 [%0], v; }" ::"l"(to),
-        "l"(bits[0]), "l"(bits[1]) : "memory");
-}
-
+// Relaxed: one access that orders nothing.
 __device__ unsigned long long ld_relaxed(const unsigned long long* from) {
   unsigned long long v;
   ASM("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
   return v;
 }
 
+template <typename A>
+__device__ SumSlot<A> ld_relaxed(const SumSlot<A>* from) {
+  ulonglong2 bits;
+  if constexpr (sizeof(A) == 4)
+    bits.x = ld_relaxed(reinterpret_cast<const unsigned long long*>(from));
+  else
+    ASM("{ .reg .b128 v; ld.relaxed.gpu.global.b128 v, [%2]; mov.b128 {%0, %1}, v; }" : "=l"(
+            bits.x),
+        "=l"(bits.y) : "l"(from) : "memory");
+  SumSlot<A> slot;
+  memcpy(&slot, &bits, sizeof slot);
+  return slot;
+}
+
+template <typename A>
+__device__ void st_relaxed(SumSlot<A>* to, SumSlot<A> slot) {
+  ulonglong2 bits;
+  memcpy(&bits, &slot, sizeof slot);
+  if constexpr (sizeof(A) == 4)
+    ASM("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(bits.x) : "memory");
+  else
+    ASM("{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.gpu.global.b128 [%0], v; }" ::"l"(to),
+        "l"(bits.x), "l"(bits.y) : "memory");
+}
+
 __device__ void nanosleep() { __nanosleep(40); }
 
-// Sleeps for so many clock cycles, about.
+// Sleeps for about so many clock cycles.
 __device__ void nanosleep_cycles(int64_t cycles) {
   const int64_t start = clock64();
   while (clock64() - start < cycles) __nanosleep(20);
 }
-
-#if __CUDA_ARCH__ >= 900
-// Makes initialised mbarriers visible to the cluster, behind its barrier.
-__device__ void fence_mbarrier_init() { ASM("fence.mbarrier_init.release.cluster;" :: : "memory"); }
-
-// One arrival; the phase also waits for `bytes` from peers.
-__device__ void mbarrier_arrive_expect_tx(Mbarrier* b, unsigned bytes) {
-  ASM("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(
-          shared_address(b)),
-      "r"(bytes) : "memory");
-}
-
-// The barrier of all threads of a cluster, in two halves. Relaxed: an execution barrier only; a
-// release would cost each thread a MEMBAR.GPU. Aligned: all lanes of a warp together.
-__device__ void barrier_cluster_arrive() {
-  ASM("barrier.cluster.arrive.relaxed.aligned;" :: : "memory");
-}
-
-__device__ void barrier_cluster_wait() {
-  ASM("barrier.cluster.wait.acquire.aligned;" :: : "memory");
-}
-
-// Where another block of the cluster has what this one has at p.
-__device__ unsigned mapa(const void* p, int rank) {
-  unsigned there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
-  return there;
-}
-
-// Writes a slot to the same place in another block of the cluster, some time later, and counts its
-// bytes on that block's barrier.
-template <typename A>
-__device__ void st_async(SumSlot<A>* shared, int rank, SumSlot<A> slot, Mbarrier* b) {
-  if constexpr (sizeof(A) == 4)
-    ASM("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
-            mapa(shared, rank)),
-        "f"(slot.s1), "f"(slot.minus_s2), "r"(mapa(b, rank)) : "memory");
-  else
-    ASM("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f64 [%0], {%1, %2}, [%3];" ::"r"(
-            mapa(shared, rank)),
-        "d"(slot.s1), "d"(slot.minus_s2), "r"(mapa(b, rank)) : "memory");
-}
-#else  // no plan asks for clusters
-__device__ void fence_mbarrier_init() {}
-__device__ void mbarrier_arrive_expect_tx(Mbarrier*, unsigned) { __trap(); }
-__device__ void barrier_cluster_arrive() { __trap(); }
-__device__ void barrier_cluster_wait() { __trap(); }
-template <typename A>
-__device__ void st_async(SumSlot<A>*, int, SumSlot<A>, Mbarrier*) {
-  __trap();
-}
-#endif
 #undef ASM
+#undef WAIT
 #else
 #include "emulated_device.h"
 #endif
@@ -310,7 +253,7 @@ __device__ void st_async(SumSlot<A>*, int, SumSlot<A>, Mbarrier*) {
 // Types
 // -------------------------------------------------------------------------------------------------
 template <typename T>
-struct alignas(kVectorBytes) Vector {  // as words: as elements, 16-bit ones take a register each
+struct alignas(kVectorBytes) Vector {  // as words: 16-bit elements would take a register each
   static constexpr int kSize = kVectorBytes / sizeof(T);
   unsigned word[4] = {};
 
@@ -368,9 +311,10 @@ __device__ T round_to(A v) {
 template <typename T>
 using Accumulator = std::conditional_t<sizeof(T) == 8, double, float>;
 
-// Sums over some part of a channel, with d = x − pivot. All parts of a channel have the same pivot.
+// Sums over a part of a channel, with d = x − pivot. All parts of a channel have the same pivot, so
+// they simply add.
 template <typename A>
-struct Sums {
+struct alignas(2 * sizeof(A)) Sums {
   A s1 = 0, s2 = 0;  // Σ d, Σ d²
 
   __device__ void add(const Sums& other) {
@@ -379,12 +323,7 @@ struct Sums {
   }
 };
 
-template <typename A>
-struct Result {  // y = (x − mean)·scale + shift
-  A mean, scale, shift;
-};
-
-// A parameter or an element of a running buffer: float, or of x's own type.
+// A parameter, or an element of a running buffer: a float, or of x's own type.
 template <typename T>
 __device__ Accumulator<T> load_parameter(const void* p, int64_t i, bool is_float) {
   return is_float ? static_cast<const float*>(p)[i] : widen(static_cast<const T*>(p)[i]);
@@ -399,172 +338,129 @@ __device__ void store_parameter(void* p, int64_t i, bool is_float, double v) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// Plan, as data
+// The plan, as data
 // -------------------------------------------------------------------------------------------------
 struct FastDivmod {  // n / divisor == umulhi(2n, magic) >> shift for all n < 2³¹
   unsigned divisor, magic, shift;
 };
 
-enum Layout {     // of a group of neighbouring channels, that a block works on
-  kPlanes,        // one channel; its planes are rows of whole vectors
-  kMaskedPlanes,  // one channel; a plane may start or end within a vector
-  kPackedPlanes,  // several, whose planes together are whole vectors; a vector may hold two of them
-  kPixels,        // several of a channels-last x; each element of a vector has a channel of its own
+enum Layout {   // of a group of neighbouring channels, on which a block works
+  kNchw,        // one channel; its planes are lines of whole vectors
+  kNchwMasked,  // one channel; a plane may start or end within a vector
+  kNchwPacked,  // several, whose planes together are whole vectors; a vector may hold two of them
+  kNhwc,        // several; each element of a vector has a channel of its own
+  kNhwcMasked,  // as kNhwc; a vector may hold elements of other groups
 };
 
-// Where a thread's vectors are all at the same place of their rows.
-__host__ __device__ constexpr bool has_columns(Layout layout) { return layout >= kPackedPlanes; }
-// Rows of which a warp takes a whole number: lanes that are `width` apart have the same column.
-__host__ __device__ constexpr bool fits_warp(unsigned width) {
-  return width <= 32 && (width & (width - 1)) == 0;
+__host__ __device__ constexpr bool is_nhwc(Layout layout) { return layout >= kNhwc; }
+__host__ __device__ constexpr bool is_masked(Layout layout) {
+  return layout == kNchwMasked || layout == kNhwcMasked;
+}
+// Whether a thread's vectors are all in one column of the group's lines, so that it knows once
+// which channels its elements belong to.
+__host__ __device__ constexpr bool keeps_column(Layout layout) { return layout >= kNchwPacked; }
+// Whether a warp takes whole lines: lanes that are `width` apart have the same column.
+__host__ __device__ constexpr bool fits_warp(Layout layout, unsigned width) {
+  return is_nhwc(layout) && width <= 32 && (width & (width - 1)) == 0;
 }
 
-// There are two kernels for a layout: `many` is for one block on a multiprocessor, with many rows
-// in registers; else several blocks share one. `lean`: on architectures for which the same code
-// takes more registers. All numbers are such that nothing spills.
-constexpr bool is_lean(int architecture) { return architecture / 10 != 9; }
+// The kernels: one for each layout (float64 has the masked ones alone: they are right for all x),
+// and for kNchw a `deep` one, for x larger than the chip: one block on a multiprocessor, with up
+// to 16 vectors of a thread in registers.
+constexpr int kLayouts = 5;
+// Whether a kernel can read vectors again. Planes that small that they are packed are few.
+__host__ __device__ constexpr bool can_reread(Layout layout, bool deep) {
+  return deep || (layout != kNchw && layout != kNchwPacked);
+}
+// Vectors of a thread in registers, where a vector has `size` elements. `extra`: as below.
+__host__ __device__ constexpr int register_vectors(Layout layout, int size, bool deep, bool extra) {
+  if (deep) return extra ? 12 : 16;
+  return layout == kNchw && size == 4 ? 3 : 0;
+}
+// Registers of a thread, so few that nothing spills. `extra`: on architectures other than sm_90 the
+// same code takes more. With 56, a multiprocessor has room for five blocks of 224 threads.
+__host__ __device__ constexpr int max_registers(Layout layout, int size, bool deep, bool extra) {
+  if (deep) return 128;
+  const int least = size == 2 ? 96 : keeps_column(layout) ? (size == 4 ? 72 : 80) : 56;
+  return least + (extra ? 24 : 0);
+}
+// Threads for which a multiprocessor has registers; a warp's are in one of its 4 sub-partitions.
+__host__ __device__ constexpr int resident_threads(Layout layout, int size, bool deep, bool extra) {
+  return 4 * 32 * (65536 / 4 / (32 * max_registers(layout, size, deep, extra)));
+}
+constexpr bool takes_extra(int architecture) { return architecture / 10 != 9; }
 #ifdef __CUDA_ARCH__
-constexpr bool kLean = is_lean(__CUDA_ARCH__ / 10);
+constexpr bool kExtra = takes_extra(__CUDA_ARCH__ / 10);
 #else
-constexpr bool kLean = false;
+constexpr bool kExtra = false;
 #endif
 
-// Registers of a thread: with 56, a multiprocessor has room for five blocks of 224 threads.
-__host__ __device__ constexpr int max_registers(Layout layout, int size, bool many, bool lean) {
-  if (many) return 128;
-  const int few = size == 2                 ? 96
-                  : layout == kPixels       ? (size == 4 ? 72 : 80)
-                  : layout == kPackedPlanes ? 72
-                                            : 56;
-  return few + (lean ? 24 : 0);
-}
-
-// Threads for which a multiprocessor has registers; those of a warp are in one of its four parts.
-__host__ __device__ constexpr int resident_threads(Layout layout, int size, bool many, bool lean) {
-  return 4 * 32 * (65536 / 4 / (32 * max_registers(layout, size, many, lean)));
-}
-
-// Rows of a thread in registers, where a vector has `size` elements.
-__host__ __device__ constexpr int register_rows(Layout layout, int size, bool many, bool lean) {
-  if (many) return lean ? 12 : 16;
-  return layout == kPlanes && size == 4 ? 3 : 0;
-}
-
-// Rows that a thread adds up one after the other, about: of values with few digits, as 16-bit ones
-// have, each is rounded like the one before, and the errors add up.
-constexpr int kChain = 32;
-
-// Places of a thread in which rows take turns that have no places of their own.
-constexpr int kRing = 4;
-
-enum TeamKind { kBlockTeam, kClusterTeam, kGridTeam };
-
 struct Plan {
-  // The group: rows of vectors, the same in each of them.
-  Layout layout;          // 0 planes, 1 masked planes, 2 packed planes, 3 pixels
+  // The group: lines of vectors, one for an image (NCHW) or for a few pixels (NHWC).
+  Layout layout;          // 0 NCHW, 1 NCHW masked, 2 NCHW packed, 3 NHWC, 4 NHWC masked
   int channels;           // of a group
   int groups;             // of x
-  unsigned vectors;       // of a group, in all rows
-  FastDivmod width;       // vectors of a row
-  unsigned row_stride;    // vectors of x from a row to the next
+  unsigned vectors;       // of a group, in all its lines
+  FastDivmod width;       // vectors of a line
+  unsigned line_stride;   // vectors of x from a line to the next
   unsigned group_stride;  // vectors of x from a group to the next
-  FastDivmod pixel;       // kPixels: vectors that cover a pixel's part of a row
-                          // kPackedPlanes: elements of a plane
-  int pixels;             // kPixels: pixels of a row
+  int pixels;             // of a line (NHWC): so many that lines begin with a vector of x
+  FastDivmod segment;     // of a line: vectors of a pixel (NHWC), elements of a plane (packed)
   // The team: blocks that share a group.
-  TeamKind team_kind;  // 0 one block, 1 a cluster, 2 blocks of a cooperative launch
-  FastDivmod team;     // blocks of a team
-  int teams;           // at work at once
-  int rounds;          // groups of a team, at most
+  int cooperative;  // 1: blocks wait for each other, in a cooperative launch
+  FastDivmod team;  // blocks of a team
+  int teams;        // of the launch
+  int rounds;       // groups that a team works on, at most
   // The block.
-  int threads;                     // workers
-  int exchange_warps;              // of all sets
-  FastDivmod stages;               // groups under way in a block: D
-  int lag;                         // groups whose sums are being exchanged meanwhile: E
-  FastDivmod sets;                 // of exchange warps, which take the groups in turn: E + 1
-  unsigned share;                  // vectors of a group from a block's first to the next block's
-  FastDivmod step;                 // the same from a thread's vector to its next
-  unsigned step_row, step_in_row;  // that in rows, and vectors beyond
-  int rows;                        // vectors of a thread, at most; of them
-  int reg_rows, smem_rows;         // in registers and in shared memory; others share kRing of those
-  int shared_bytes;                // of a block
-  // Blocks that start one after the other.
-  FastDivmod stagger;  // teams that start at once
-  int stagger_turns;   // of such teams that are there at first; 0: all start at once
-  int stagger_cycles;  // by which one starts later than the one before
+  int workers;             // threads that load, sum and store
+  int exchange_warps;      // of all stages
+  FastDivmod stages;       // groups in flight: one is stored while the sums of others travel
+  unsigned share;          // vectors of a group from a block's first one to the next block's
+  FastDivmod step;         // vectors of a group from a thread's vector to its next one
+  int vectors_per_thread;  // at most
+  int reg_vectors;         // of these in registers
+  int smem_vectors;        // of these in shared memory; what remains is read again for the store
+  int deep;                // 1: the kernel with many vectors in registers
+  int unit_bits;           // an exchange warp has up to 1 << unit_bits channels
+  int units;               // exchange warps of a stage
+  int partial_lines;       // lines of partial sums, which are added up for the block's sums
+  int partial_stride;      // partial sums from an element of the vectors to the next (NHWC)
+  int partials;            // partial sums of a stage
+  int channel_stride;      // channels of a group, rounded up to whole 16 bytes of sums
+  int stage_at;            // bytes of shared memory before what the stages share
+  int stage_bytes;         // of shared memory for a stage's barriers, sums, results and pivots
+  int shared_bytes;        // of shared memory of a block
+  int group_bytes;         // of scratch memory for a group's counters and slots
+  // Blocks of one multiprocessor may start one after the other.
+  int multiprocessors;  // blocks that start at once
+  int stagger_turns;    // blocks of a multiprocessor that are co-resident at first
+  int stagger_cycles;   // clock cycles by which each of them starts later than the one before
 };
 
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
-// Of a group of x.
-int64_t x_bytes(const Plan& p) { return int64_t(p.vectors) * kVectorBytes; }
+// Threads of a block, in whole warps.
+int block_threads(const Plan& p) { return 32 * (p.exchange_warps + ceil_div(p.workers, 32)); }
 
-// Threads of a block, whole warps.
-int block_threads(const Plan& p) { return 32 * (p.exchange_warps + ceil_div(p.threads, 32)); }
-
-// What follows from a plan: how an exchange is cut, where things lie in a block's shared memory.
-struct SharedLayout {
-  int unit_bits, units;  // an exchange warp takes 1 << unit_bits channels; warps of a group
-  // Of scratch: for each unit a line of L2 with the count of the blocks that have left their sums,
-  // so that looking at it delays none that still write; then the slots.
-  int64_t group_bytes;
-  int partial_row, partial_rows, partials;  // partial sums of a row; rows; their product
-  // Offsets; the places are at 0.
-  int message_at, result_at, barrier_at, factor_at, partial_at, pivot_at, bytes;
-
-  // accumulator_bytes: of one number; size: elements of a vector.
-  SharedLayout(const Plan& p, int accumulator_bytes, int size) {
-    const int slot_bytes = 2 * accumulator_bytes;
-    const bool by_warp = !has_columns(p.layout) || fits_warp(p.width.divisor);
-    const int team = p.team.divisor;
-    const int sets = p.lag + 1;
-    const int least = std::max(kUnitChannels, ceil_div(p.channels * sets, kUnits));
-    unit_bits = 0;
-    while (1 << unit_bits < std::min(p.channels, least)) ++unit_bits;
-    units = ceil_div(p.channels, 1 << unit_bits);
-    group_bytes =
-        p.team_kind == kGridTeam && team > 1
-            ? kLineBytes *
-                  (units + ceil_div((team + 1) * int64_t(p.channels) * slot_bytes, kLineBytes))
-            : 0;
-    partial_row = p.layout == kPixels         ? p.width.divisor * size
-                  : p.layout == kPackedPlanes ? p.width.divisor * 2
-                                              : 1;
-    partial_rows = ceil_div(p.threads, by_warp ? 32 : p.width.divisor);
-    partials = partial_row * partial_rows;
-    message_at = int(p.stages.divisor) * p.smem_rows * p.threads * kVectorBytes;
-    result_at =
-        message_at +
-        (p.team_kind == kClusterTeam ? ceil_div(p.channels * team * slot_bytes, 16) * 16 : 0);
-    barrier_at = result_at + ceil_div(3 * sets * p.channels * accumulator_bytes, 16) * 16;
-    factor_at = barrier_at + (2 * sets + 1) * int(sizeof(Mbarrier));
-    partial_at = factor_at + int(sizeof(double));
-    pivot_at = partial_at + 2 * sets * partials * accumulator_bytes;
-    bytes = pivot_at + 2 * sets * p.channels * accumulator_bytes;
-  }
-};
-
-struct Arguments {
-  FusedBatchNormCall call;
-  Plan plan;
-  SharedLayout layout;
-  const void* x;           // the 16-byte boundary before x
-  void* y;                 // and before y
-  unsigned char* scratch;  // [groups][group_bytes], content unknown at the start
-  int shift;               // elements from the 16-byte boundary before x to x
-  unsigned whole;          // vectors from there that end within x; the next is not read as a whole
-  uint64_t image;          // C·HW, elements
-  int tail;  // kMaskedPlanes: elements of a plane beyond all but two vectors of its row
-  double per_element, per_element_but_one;  // 1 / (N·HW) and 1 / (N·HW − 1)
+struct Arguments : FusedBatchNormCall, Plan {
+  const void* x_vectors;    // the 16-byte boundary at or before x
+  void* y_vectors;          // and before y
+  unsigned char* scratch;   // [groups][group_bytes], of unknown content at the start
+  int misalignment;         // elements from x_vectors to x
+  unsigned whole_vectors;   // from x_vectors on that end within x; the next one may not
+  uint64_t image;           // elements of an image: C·HW
+  int tail;                 // kNchwMasked: elements of a plane beyond all but 2 vectors of a line
+  double per_element;       // 1 / (N·HW)
+  double per_element_less;  // 1 / (N·HW − 1)
 };
 
 // -------------------------------------------------------------------------------------------------
-// Small device helpers
+// Small device functions
 // -------------------------------------------------------------------------------------------------
 __device__ unsigned divide(unsigned n, FastDivmod d) { return __umulhi(2 * n, d.magic) >> d.shift; }
 
-// Keeps a parameter of the kernel in a register: the compiler would rather load it again in each
-// row, which takes longer than all else there, but cannot repeat a shuffle. All 32 lanes must call.
+// Keeps a parameter of the kernel in a register. The compiler would load it again for each vector,
+// which takes longer than all else there, but cannot repeat a shuffle. All 32 lanes must call.
 template <typename V>
 __device__ V in_register(V v) {
   return __shfl_xor_sync(0xffffffffu, v, 0);
@@ -574,8 +470,8 @@ __device__ V* in_register(V* p) {
   return reinterpret_cast<V*>(in_register(reinterpret_cast<unsigned long long>(p)));
 }
 
-// Sum over the lanes whose numbers differ in the bits from `lowest` up, in all of them, always in
-// the same order. All 32 lanes must call.
+// Sum over the lanes whose numbers differ in bits of at least `lowest`; each of them gets it,
+// always added in the same order. All 32 lanes must call.
 template <typename V>
 __device__ V warp_sum(V v, int lowest = 1) {
 #pragma unroll
@@ -589,254 +485,308 @@ __device__ Sums<A> warp_sum(const Sums<A>& own, int lowest = 1) {
   return {warp_sum(own.s1, lowest), warp_sum(own.s2, lowest)};
 }
 
-// The set of exchange warps that a group is for (partial sums and results are there for as many),
-// and the parity of the group's phase of the set's two barriers.
-struct Turn {
-  int set;
-  unsigned parity;
+// One arrival for a warp whose lanes all call: one each would pass the barrier one after the other,
+// which takes 100 cycles a warp. __syncwarp orders what the other lanes have done before it.
+__device__ void mbarrier_arrive_warp(Mbarrier* b) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(b);
+}
+
+// -------------------------------------------------------------------------------------------------
+// The block: what its warps share
+// -------------------------------------------------------------------------------------------------
+// | what         | written by                | read by                | visible through             |
+// | places       | a worker's loads          | the same worker        | cp_async_wait_group         |
+// | partial sums | workers, in sum(i)        | exchange warps         | `summed` of group i         |
+// | result       | exchange warps            | workers, in store(i)   | `ready` of group i          |
+// | pivots       | exchange warps            | workers, in sum(i)     | `ready` of group i − stages |
+// | slots        | exchange warps of a block | those of the team      | nothing: a slot tells itself|
+// | counter      | exchange warps of a block | those of the team      | nothing: it only saves polls|
+// | factor       | thread 0                  | exchange warps         | the first __syncthreads     |
+//
+// Overwritten: a place after its thread has stored it. A stage's partial sums in sum(i + stages),
+// which comes after store(i), which waited for `ready`, on which exchange warps arrive after they
+// have read them. A result after `summed` of group i + stages, on which workers arrive after
+// store(i). Pivots of group i + 2·stages take the place of group i's after `summed` of i: there are
+// two copies a stage, as those of group i + stages are then in use. Slots and counters: never, each
+// group of a launch has its own. The first pivots are visible through the first __syncthreads.
+
+// A stage's barriers, of which phase i / stages is group i's.
+struct StageBarriers {
+  Mbarrier summed;  // all workers have left their sums
+  Mbarrier ready;   // the stage's exchange warps have left the result
 };
 
-// What all warps of a block know.
+struct alignas(kVectorBytes) Head {  // of a block's shared memory; the places follow
+  double factor;                     // weight of the new value in the running buffers
+  StageBarriers barriers[kMaxStages];
+};
+
+template <typename T>
+struct Stage {  // as group i finds it
+  using A = Accumulator<T>;
+  Mbarrier *summed, *ready;
+  unsigned parity;          // of group i's phase
+  Sums<A>* partial;         // [partials], see Worker::store_partials
+  A *mean, *scale, *shift;  // [channels] the result: y = (x − mean)·scale + shift
+  A* pivot;                 // [channels]
+};
+
 template <typename T>
 struct Block {
   using A = Accumulator<T>;
   const Arguments& a;
-  const Plan& p = a.plan;
-  const FusedBatchNormCall& call = a.call;
-  const SharedLayout& layout = a.layout;
-  unsigned char* const shared = dynamic_shared_memory();  // once: it takes long
+  unsigned char* const shared = dynamic_shared_memory();  // asked for once: it takes long
+  Head& head = *reinterpret_cast<Head*>(shared);
+  Vector<T>* const places = reinterpret_cast<Vector<T>*>(shared + sizeof(Head));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first_group = divide(blockIdx.x, p.team);  // then every teams-th
-  const int rank = blockIdx.x - first_group * p.team.divisor;
-  const int groups = p.rounds - (first_group + (p.rounds - 1) * p.teams >= p.groups);
+  const int first_group = divide(blockIdx.x, a.team);  // then every teams-th
+  const int rank = blockIdx.x - first_group * a.team.divisor;
+  const int groups = a.rounds - (first_group + (a.rounds - 1) * a.teams >= a.Plan::groups);
 
   __device__ explicit Block(const Arguments& a) : a(a) {}
 
-  template <typename V>
-  __device__ V* at(int offset) const {
-    return reinterpret_cast<V*>(shared + offset);
+  __device__ int group(int i) const { return first_group + i * a.teams; }
+  __device__ Stage<T> stage(int i) const {
+    const unsigned phase = divide(i, a.stages), stage = i - phase * a.stages.divisor;
+    auto* const partial = reinterpret_cast<Sums<A>*>(shared + a.stage_at + stage * a.stage_bytes);
+    auto* const result = reinterpret_cast<A*>(partial + a.partials);
+    const int channels = a.channel_stride;
+    StageBarriers& barriers = head.barriers[stage];
+    return {&barriers.summed,
+            &barriers.ready,
+            phase & 1,
+            partial,
+            result,
+            result + channels,
+            result + 2 * channels,
+            result + (3 + (phase & 1)) * channels};
   }
-  __device__ Vector<T>* places() const { return at<Vector<T>>(0); }
-  __device__ Turn turn(int i) const {  // of group i
-    const unsigned phase = divide(i, p.sets);
-    return {i - int(phase * p.sets.divisor), phase & 1};
-  }
-  __device__ Mbarrier* summed(Turn t) const { return gathered() + 1 + 2 * t.set; }
-  __device__ Mbarrier* ready(Turn t) const { return summed(t) + 1; }
-  __device__ Mbarrier* gathered() const { return at<Mbarrier>(layout.barrier_at); }
-  // Of the new value in the running buffers.
-  __device__ double* factor() const { return at<double>(layout.factor_at); }
-  __device__ Sums<A>* partial(Turn t) const {
-    return at<Sums<A>>(layout.partial_at) + t.set * layout.partials;
-  }
-  __device__ Result<A>* result(Turn t) const {
-    return at<Result<A>>(layout.result_at) + t.set * p.channels;
-  }
-  // Twice as many: a set leaves those of its next group but one, while its next group's are used.
-  __device__ A* pivot(Turn t) const {
-    return at<A>(layout.pivot_at) + (t.parity * p.sets.divisor + t.set) * p.channels;
-  }
-  __device__ int group(int i) const { return first_group + i * p.teams; }
 };
 
 // -------------------------------------------------------------------------------------------------
 // The group: where its vectors lie in x and y, which of their elements count, whose they are
 // -------------------------------------------------------------------------------------------------
-struct Place {
-  unsigned vector;  // of x, counted from the 16-byte boundary before it
-  int begin, end;   // the elements that count
-};
-
-// Where a vector is in a group: what its row begins at, and its place there. Rows count in vectors
-// of x, or (kMaskedPlanes, whose rows do not begin with a vector) one by one.
-struct Walk {
-  unsigned row, in_row;
-};
-
 enum Memory { kRegister, kShared, kL2 };  // where a vector is loaded to
 
 template <typename T, Layout kLayout>
 struct Group {
-  static constexpr int kSize = Vector<T>::kSize;
-  // Not all elements of a vector may count.
-  static constexpr bool kMasked = kLayout == kMaskedPlanes || kLayout == kPixels;
-  static constexpr int kParts = kLayout == kPixels         ? kSize
-                                : kLayout == kPackedPlanes ? 2
-                                                           : 1;  // channels of a vector
-  // Sums that elements are added to: of each, or of every fourth.
-  static constexpr int kSums = has_columns(kLayout) || kSize < 4 ? kSize : 4;
   using A = Accumulator<T>;
+  static constexpr int kSize = Vector<T>::kSize;
+  static constexpr int kChannelsPerVector = keeps_column(kLayout) ? kSize : 1;
+  // Sums of a thread: one for each element of a vector where those may differ in channel; else one
+  // for every fourth, which makes shorter chains of additions.
+  static constexpr int kAccumulators = keeps_column(kLayout) || kSize < 4 ? kSize : 4;
+  // What lines are counted in: vectors of x; elements, where they need not begin with a vector.
+  using Index = std::conditional_t<kLayout == kNchwMasked, uint64_t, unsigned>;
+
+  // Where a vector is in a group: what its line begins at, and its place in the line.
+  struct Cursor {
+    Index line;
+    unsigned in_line;
+  };
+  // Where a group begins, in vectors from a.x_vectors on (kNchwMasked: in elements), and which
+  // elements of this thread's vectors are the group's; or which elements of one vector count.
+  struct Origin {
+    Index at;
+    int begin, end;
+  };
+  struct Elements {
+    int begin, end;
+  };
+
   const Arguments& a;
-  const FusedBatchNormCall& call = a.call;
-  const Plan& p = a.plan;
-  unsigned column = 0;  // kPixels: this thread's vector in a row
-  int channel = 0;      // of its element 0 in the group; < 0: of the group before
-  int split = kSize;    // kPackedPlanes: its elements from here on belong to the next channel
+  const unsigned width = in_register(a.width.divisor);
+  const Index line_stride = in_register(kLayout == kNchwMasked ? Index(a.image) : a.line_stride);
+  const Cursor step = cursor(a.step.divisor);
+  const Vector<T>* const x = static_cast<const Vector<T>*>(a.x_vectors);
+  Vector<T>* const y = static_cast<Vector<T>*>(a.y_vectors);
+  // keeps_column: of this thread's vectors.
+  unsigned column = 0;  // kNhwc*: in a line, of group 0
+  int channel = 0;      // of element 0 in the group; < 0: it is of the group before
+  int split = kSize;    // kNchwPacked: from this element on they are of the next channel
 
-  const unsigned width = in_register(p.width.divisor);
-  const unsigned row_stride = in_register(kLayout == kMaskedPlanes ? 1 : p.row_stride);
-  const unsigned step_row = in_register(row_stride * p.step_row);
-  const unsigned step_in_row = in_register(p.step_in_row);
-  const unsigned inner = max(a.whole, 1u) - 1;  // vectors of x between its first and last
-  const Vector<T>* const x =
-      static_cast<const Vector<T>*>(has_columns(kLayout) ? a.x : in_register(a.x));
-  Vector<T>* const y = static_cast<Vector<T>*>(a.y);
-
-  __device__ Walk walk(unsigned v) const {
-    const unsigned row = divide(v, p.width);
-    return {row * row_stride, v - row * width};
+  __device__ Group(const Arguments& a, unsigned thread) : a(a) {
+    const unsigned in_line = keeps_column(kLayout) ? thread - divide(thread, a.width) * width : 0;
+    if constexpr (kLayout == kNchwPacked) {
+      const int element = in_line * kSize;
+      channel = divide(element, a.segment);
+      split = min((channel + 1) * int(a.HW) - element, kSize);
+    } else if constexpr (kLayout == kNhwc) {
+      column = in_line;
+      channel = in_line * kSize;
+    } else if constexpr (kLayout == kNhwcMasked) {
+      const unsigned pixel = divide(in_line, a.segment);
+      const unsigned in_pixel = in_line - pixel * a.segment.divisor;
+      const uint64_t first = pixel * uint64_t(a.C) + a.misalignment;  // element of x, in group 0
+      column = unsigned(first / kSize) + in_pixel;
+      channel = int(in_pixel * kSize) - int(first % kSize);
+      if (periodic())
+        while (channel < 0 || channel >= a.C) channel += channel < 0 ? a.C : -a.C;
+    }
   }
+
+  // Lines of several whole pixels, whose channels follow each other again and again.
+  __device__ bool periodic() const {
+    return kLayout == kNhwcMasked && a.pixels > 1 && a.segment.divisor == a.width.divisor;
+  }
+
+  // Of vector v of the group.
+  __device__ Cursor cursor(unsigned v) const {
+    const unsigned line = divide(v, a.width);
+    return {line * line_stride, v - line * width};
+  }
+
   // Goes on to the thread's next vector.
-  __device__ void advance(Walk& w) const {
-    w.row += step_row;
-    if constexpr (!has_columns(kLayout)) {
-      w.in_row += step_in_row;
-      if (w.in_row >= width) {
-        w.in_row -= width;
-        w.row += row_stride;
+  __device__ void advance(Cursor& c) const {
+    c.line += step.line;
+    if constexpr (!keeps_column(kLayout)) {
+      c.in_line += step.in_line;
+      if (c.in_line >= width) {
+        c.in_line -= width;
+        c.line += line_stride;
       }
     }
   }
 
-  __device__ Group(const Block<T>& b, unsigned thread) : a(b.a) {
-    const unsigned in_row =
-        has_columns(kLayout) ? thread - divide(thread, p.width) * p.width.divisor : 0;
-    if constexpr (kLayout == kPackedPlanes) {
-      const int offset = in_row * kSize;
-      channel = divide(offset, p.pixel);
-      split = min((channel + 1) * int(p.pixel.divisor) - offset, kSize);
-    } else if constexpr (kLayout == kPixels) {
-      const unsigned pixel = divide(in_row, p.pixel), in_pixel = in_row - pixel * p.pixel.divisor;
-      const unsigned first = pixel * unsigned(call.C) + a.shift;  // element, of group 0
-      column = first / kSize + in_pixel;
-      channel = int(in_pixel * kSize) - int(first % kSize);
-      if (periodic())
-        while (channel < 0 || channel >= call.C) channel += channel < 0 ? call.C : -call.C;
-    }
-  }
-
-  // What element i has of something that each of the vector's channels has. (Chosen by value: an
-  // index that the compiler does not know would move the array to local memory.)
-  template <typename V>
-  __device__ V pick(const V (&of)[kParts], int i) const {
-    if (kLayout == kPackedPlanes) return i < split ? of[0] : of[kParts - 1];
-    return of[kLayout == kPixels ? i : 0];
-  }
-
-  // Rows of several whole pixels: channels follow each other again and again.
-  __device__ bool periodic() const { return p.pixels > 1 && p.pixel.divisor == p.width.divisor; }
-
-  // Where a group begins, in vectors of x (kMaskedPlanes: in elements), and which elements of this
-  // thread's vectors are the group's.
-  struct Origin {
-    std::conditional_t<kLayout == kMaskedPlanes, uint64_t, unsigned> at;
-    int begin, end;
-  };
-
+  // Of group g.
   __device__ Origin origin(int g) const {
-    if constexpr (kLayout == kMaskedPlanes) return {uint64_t(g) * call.HW + a.shift, 0, kSize};
-    Origin o = {g * p.group_stride + column, 0, kSize};
-    if (kLayout == kPixels && !periodic()) {
+    if constexpr (kLayout == kNchwMasked) return {uint64_t(g) * a.HW + a.misalignment, 0, kSize};
+    Origin o = {g * a.group_stride + column, 0, kSize};
+    if (kLayout == kNhwcMasked && !periodic()) {
       o.begin = max(0, -channel);
-      o.end = min(kSize, min(p.channels, int(call.C) - g * p.channels) - channel);
+      o.end = min(kSize, min(a.channels, int(a.C) - g * a.channels) - channel);
     }
     return o;
   }
 
-  // The vector where `w` is.
-  __device__ Place place(const Origin& o, const Walk& w) const {
-    if constexpr (kLayout == kMaskedPlanes) {
-      const uint64_t first = w.row * a.image + o.at;
-      const int behind = int(first % kSize), to_last = int(w.in_row - width) + 2;  // vectors
-      const int end = to_last < 0 ? kSize : min(a.tail + behind - to_last * kSize, kSize);
-      return {unsigned(first / kSize) + w.in_row, w.in_row == 0 ? behind : 0, end};
-    }
-    Place at = {unsigned(o.at) + w.row + (kLayout == kPixels ? 0 : w.in_row), o.begin, o.end};
-    if (kLayout == kPixels && at.vector - 1 >= inner) {  // the first of x, or one past the last
-      if (at.vector == 0) at.begin = max(at.begin, a.shift);
-      const int64_t left = call.N * call.C * call.HW + a.shift - int64_t(at.vector) * kSize;
-      at.end = int(min(int64_t(at.end), left));
-    }
-    return at;
+  // The vector at c in the group that begins at o, counted from a.x_vectors.
+  __device__ unsigned vector(const Origin& o, const Cursor& c) const {
+    if constexpr (kLayout == kNchwMasked) return unsigned((o.at + c.line) / kSize) + c.in_line;
+    return o.at + c.line + (is_nhwc(kLayout) ? 0 : c.in_line);
   }
 
-  // Calls use(part, channel) for each of the vector's channels; for any of the group's where no
-  // element of it counts.
-  template <typename Use>
-  __device__ void each_part(Use use) const {
-    int c = channel;
+  // Whether all its elements count, as in most vectors: for these, no more is asked.
+  __device__ bool is_whole(const Origin& o, const Cursor& c) const {
+    if (kLayout == kNchwMasked) return c.in_line - 1 < max(width, 3u) - 3;  // not at a plane's edge
+    if (kLayout == kNhwcMasked)  // not at an edge of the group or of x
+      return o.end - o.begin == kSize && is_inside_x(vector(o, c));
+    return true;
+  }
+  // Neither the first one of x, nor past the last whole one.
+  __device__ bool is_inside_x(unsigned v) const { return v - 1 < max(a.whole_vectors, 1u) - 1; }
+
+  // Those that count, of any vector. May be none.
+  __device__ Elements elements(const Origin& o, const Cursor& c) const {
+    Elements e = {o.begin, o.end};
+    if constexpr (kLayout == kNchwMasked) {
+      const int before = int((o.at + c.line) % kSize);  // elements of the plane before
+      const int past = int(c.in_line - width) + 2;      // vectors past the last but two
+      if (c.in_line == 0) e.begin = before;
+      if (past >= 0) e.end = min(a.tail + before - past * kSize, kSize);
+    } else if constexpr (kLayout == kNhwcMasked) {
+      if (is_inside_x(vector(o, c))) return e;
+      const int64_t first = int64_t(vector(o, c)) * kSize - a.misalignment;  // element of x
+      e.begin = int(max(int64_t(e.begin), -first));
+      e.end = int(min(int64_t(e.end), a.N * a.C * a.HW - first));
+    }
+    return e;
+  }
+
+  // What the channels of this thread's vectors have in `from` [channels of the group]: the one
+  // channel, or that of each element; any channel's, where that element does not count.
+  __device__ void load_channels(A (&of)[kChannelsPerVector], const A* from) const {
+    if constexpr (kLayout == kNhwc) {  // side by side, and aligned
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      use(i, min(unsigned(c), unsigned(p.channels) - 1));
-      if (++c == int(call.C) && kLayout == kPixels && periodic()) c = 0;
+      for (int k = 0; k < kSize; k += 4) {
+        const uint4 words = *reinterpret_cast<const uint4*>(from + channel + k);
+        memcpy(&of[k], &words, sizeof words);
+      }
+    } else {
+      int c = channel;
+#pragma unroll
+      for (int k = 0; k < kChannelsPerVector; ++k) {
+        of[k] = from[min(unsigned(c), unsigned(a.channels) - 1)];
+        if (kLayout != kNchwPacked || k + 1 == split) ++c;
+        if (c == int(a.C) && periodic()) c = 0;
+      }
     }
   }
 
-  // What counts of a vector that reaches past the end of x.
-  __device__ Vector<T> load_tail(const Place& at) const {
+  // Loads the vector at c. Into a register at once; into shared memory and L2 asynchronously.
+  __device__ void load(Memory to, Vector<T>& v, const Origin& o, const Cursor& c) const {
+    const unsigned at = vector(o, c);
+    if (!is_whole(o, c)) {
+      const Elements e = elements(o, c);
+      if (e.begin >= e.end) return;
+      if (at >= a.whole_vectors) {  // reaches past the end of x
+        if (to != kL2) v = load_elements(at, e);
+        return;
+      }
+    }
+    if (to == kL2)
+      prefetch_global_L2(x + at);
+    else if (to == kShared)
+      cp_async_16(&v, x + at);
+    else
+      ld_global_128(&v, x + at);
+  }
+
+  __device__ Vector<T> load_elements(unsigned at, const Elements& e) const {
     Vector<T> v;
 #pragma unroll
     for (int i = 0; i < kSize; ++i)
-      if (i >= at.begin && i < at.end) v.set(i, reinterpret_cast<const T*>(x + at.vector)[i]);
+      if (i >= e.begin && i < e.end) v.set(i, reinterpret_cast<const T*>(x + at)[i]);
     return v;
   }
 
-  // Loads the vector where `w` is, if any of its elements counts; later, unless into registers.
-  __device__ void load(Memory to, Vector<T>& v, const Origin& o, const Walk& w) const {
-    const Place at = place(o, w);
-    if (kMasked && at.begin >= at.end) return;
-    if (to == kL2)
-      prefetch_global_L2(x + at.vector);
-    else if (kMasked && at.vector >= a.whole)
-      v = load_tail(at);
-    else if (to == kShared)
-      cp_async_16(&v, x + at.vector);
-    else
-      ld_global_128(&v, x + at.vector);
-  }
-
-  // Adds the vector where `w` is: s1 += x − pivot, s2 += (x − pivot)², element by element.
-  __device__ void sum(Sums<A> (&sums)[kSums], const Vector<T>& v, const Origin& o, const Walk& w,
-                      const A (&pivot)[kParts]) const {
-    const Place at = place(o, w);
+  // s1 += x − pivot, s2 += (x − pivot)², for each element of the vector at c.
+  __device__ void sum(Sums<A> (&sums)[kAccumulators], const Vector<T>& v, const Origin& o,
+                      const Cursor& c, const A (&pivot)[kChannelsPerVector]) const {
     const auto add = [&](int i) {
-      const A d = widen(v, i) - pick(pivot, i);
-      sums[i % kSums].s1 += d;
-      sums[i % kSums].s2 += d * d;
+      const A d = widen(v, i) - pivot[i % kChannelsPerVector];
+      sums[i % kAccumulators].s1 += d;
+      sums[i % kAccumulators].s2 += d * d;
     };
-    if (!kMasked || at.end - at.begin == kSize) {
+    if (is_whole(o, c)) {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) add(i);
     } else {
+      const Elements e = elements(o, c);
 #pragma unroll
       for (int i = 0; i < kSize; ++i)
-        if (i >= at.begin && i < at.end) add(i);
+        if (i >= e.begin && i < e.end) add(i);
     }
   }
 
-  // y = (x − mean)·scale + shift, where shift holds beta and what the rounded mean left over. The
-  // mean goes first: folded into the shift, it would take digits along where |mean| ≫ std.
-  __device__ void store(const Vector<T>& v, const Origin& o, const Walk& w,
-                        const Result<A> (&r)[kParts], bool streaming) const {
-    const Place at = place(o, w);
-    if (kMasked && at.begin >= at.end) return;
+  struct Result {  // of the channels of this thread's vectors
+    A mean[kChannelsPerVector], scale[kChannelsPerVector], shift[kChannelsPerVector];
+  };
+
+  // y = (x − mean)·scale + shift; shift holds beta, and what rounding the mean has lost. The mean
+  // is subtracted first: folded into the shift, it would cost digits where |mean| ≫ std.
+  __device__ void store(const Vector<T>& v, const Origin& o, const Cursor& c, const Result& r,
+                        bool streaming) const {
+    const bool whole = is_whole(o, c);
+    const Elements e = whole ? Elements{0, kSize} : elements(o, c);
+    if (e.begin >= e.end) return;
     A normal[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const Result<A> of = pick(r, i);
-      normal[i] = (widen(v, i) - of.mean) * of.scale + of.shift;
+      const int k = i % kChannelsPerVector;
+      normal[i] = (widen(v, i) - r.mean[k]) * r.scale[k] + r.shift[k];
     }
     const Vector<T> v_y = make_vector<T>(normal);
-    Vector<T>* const to = y + at.vector;
-    if (!kMasked || at.end - at.begin == kSize) {
-      // By intrinsics, in one instruction: the compiler would split a plain assignment.
-      const uint4 raw = *reinterpret_cast<const uint4*>(&v_y);
-      uint4* const to_raw = reinterpret_cast<uint4*>(to);
-      streaming ? __stcs(to_raw, raw) : __stwb(to_raw, raw);
+    Vector<T>* const to = y + vector(o, c);
+    if (whole) {
+      // By intrinsics, as one instruction: the compiler would split a plain assignment.
+      const uint4 words = *reinterpret_cast<const uint4*>(&v_y);
+      uint4* const to_words = reinterpret_cast<uint4*>(to);
+      streaming ? __stcs(to_words, words) : __stwb(to_words, words);
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i)
-        if (i >= at.begin && i < at.end) reinterpret_cast<T*>(to)[i] = v_y.get(i);
+        if (i >= e.begin && i < e.end) reinterpret_cast<T*>(to)[i] = v_y.get(i);
     }
   }
 };
@@ -844,295 +794,240 @@ struct Group {
 // -------------------------------------------------------------------------------------------------
 // Worker warps: each thread loads, sums and stores vectors of its own
 // -------------------------------------------------------------------------------------------------
-
-// Leaves this thread's sums of a group for the exchange warps, instead of earlier ones or (`more`)
-// beside them.
-template <typename T, Layout kLayout>
-__device__ void leave(const Block<T>& b, const Group<T, kLayout>& group, unsigned thread, Turn turn,
-                      Sums<Accumulator<T>> (&sums)[Group<T, kLayout>::kSums], bool more) {
-  using A = Accumulator<T>;
-  constexpr int kSize = Group<T, kLayout>::kSums;
-  Sums<A>* const partial = b.partial(turn);
-  const unsigned width = b.p.width.divisor;
-  if constexpr (!has_columns(kLayout)) {
-    Sums<A> all;
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) all.add(sums[e]);
-    all = warp_sum(all);
-    if (b.lane == 0) partial[thread / 32] = all;
-  } else if constexpr (kLayout == kPackedPlanes) {
-    Sums<A> of[2];
-#pragma unroll
-    for (int e = 0; e < kSize; ++e)
-      if (e < group.split)
-        of[0].add(sums[e]);
-      else
-        of[1].add(sums[e]);
-    if (thread < unsigned(b.p.threads)) {
-      partial[2 * thread] = of[0];
-      partial[2 * thread + 1] = of[1];
-    }
-  } else {
-    const bool by_warp = fits_warp(width);
-#pragma unroll 1
-    for (unsigned bit = 16; by_warp && bit >= width; bit /= 2)
-#pragma unroll
-      for (int e = 0; e < kSize; ++e)
-        sums[e].add({__shfl_xor_sync(0xffffffffu, sums[e].s1, bit),
-                     __shfl_xor_sync(0xffffffffu, sums[e].s2, bit)});
-    const unsigned at = by_warp ? thread / 32 * width + b.lane : thread;
-    if (by_warp ? unsigned(b.lane) < width : thread < unsigned(b.p.threads))
-#pragma unroll
-      for (int e = 0; e < kSize; ++e) {
-        if (more) sums[e].add(partial[at * kSize + e]);
-        partial[at * kSize + e] = sums[e];
-      }
-  }
-}
-
-// A thread's vectors are rows of its block's share: the first few in registers, the next in places
-// in shared memory. If there are more rows than places, the last ones take turns in kRing of the
-// places: forth for the sums, and back for the store, read again. Places are private: no barrier
-// guards them.
-template <typename T, Layout kLayout, bool kMany, typename Begin, typename Prepare, typename Meet,
-          typename Exchange>
-__device__ void work(const Block<T>& b, Begin begin, Prepare prepare, Meet meet,
-                     Exchange exchange) {
+// The first of a thread's vectors are in registers, the next ones in places in shared memory. Where
+// there are more, the last ones pass through kRing of the places, forwards for the sums, backwards
+// for the store: those are read twice. All places are private, so no barrier guards them.
+template <typename T, Layout kLayout, bool kDeep>
+struct Worker {
   using G = Group<T, kLayout>;
   using A = typename G::A;
-  constexpr int kRegRows = register_rows(kLayout, G::kSize, kMany, kLean);
-  constexpr bool kHasRing =
-      kMany || kLayout == kPixels || (kLayout == kMaskedPlanes && sizeof(T) != 4);
-  const Plan& p = b.p;
-  const unsigned thread = threadIdx.x - 32 * p.exchange_warps;
-  const G group(b, thread);
-  const unsigned first = b.rank * p.share + thread, step = p.step.divisor;
-  const bool has_rows = thread < unsigned(p.threads) && first < p.vectors;
-  const int rows = has_rows ? min(p.rows, int(divide(p.vectors - 1 - first, p.step)) + 1) : 0;
-  const bool overflows = kHasRing && p.rows > p.reg_rows + p.smem_rows;
-  const int reg_rows = kRegRows > 0 ? min(rows, p.reg_rows) : 0,
-            smem_rows = min(rows - reg_rows, p.smem_rows - (overflows ? kRing : 0)),
-            ring_rows = rows - reg_rows - smem_rows;
-  const unsigned threads = in_register(unsigned(p.threads));
-  const Walk start_of_share = group.walk(first);
-  Vector<T> reg[kRegRows > 0 ? kRegRows : 1];
+  using Cursor = typename G::Cursor;
+  static constexpr int kRegVectors = register_vectors(kLayout, G::kSize, kDeep, kExtra);
+  static constexpr bool kCanReread = can_reread(kLayout, kDeep);
+  const Block<T>& b;
+  const Arguments& a = b.a;
+  const unsigned thread = threadIdx.x - 32 * a.exchange_warps;
+  const G group{a, thread};
+  const unsigned workers = in_register(unsigned(a.workers));
+  const unsigned first = b.rank * a.share + thread;  // vector of the group
+  const bool has_vectors = thread < unsigned(a.workers) && first < a.vectors;
+  const int vectors =
+      has_vectors ? min(a.vectors_per_thread, int(divide(a.vectors - 1 - first, a.step)) + 1) : 0;
+  const bool rereads = kCanReread && a.vectors_per_thread > a.reg_vectors + a.smem_vectors;
+  const int reg_vectors = kRegVectors > 0 ? min(vectors, a.reg_vectors) : 0;
+  const int smem_vectors = min(vectors - reg_vectors, a.smem_vectors - (rereads ? kRing : 0));
+  const int ring_vectors = vectors - reg_vectors - smem_vectors;
+  const Cursor start = group.cursor(first);
+  Vector<T> reg[kRegVectors > 0 ? kRegVectors : 1];
 
-  // Calls use(vector, walk) for this thread's rows in registers.
-  const auto each_reg_row = [&](Walk& at, auto use) {
+  // Calls use(vector, cursor) for the vectors in registers.
+  template <typename Use>
+  __device__ void each_reg_vector(Cursor& c, Use use) {
 #pragma unroll
-    for (int r = 0; r < kRegRows; ++r) {
-      if (r >= reg_rows) continue;
-      use(reg[r], at);
-      group.advance(at);
+    for (int r = 0; r < kRegVectors; ++r) {
+      if (r >= reg_vectors) continue;
+      use(reg[r], c);
+      group.advance(c);
     }
-  };
-  // The same for its rows in shared memory, in the places of group i. Their copies are two groups
-  // of cp.async, so that the first half can be summed while the second lands.
-  const auto each_smem_row = [&](int i, Walk& at, auto before_half, auto use, auto after_half) {
-    const unsigned stage = i - divide(i, p.stages) * p.stages.divisor;
-    Vector<T>* place = b.places() + stage * p.smem_rows * threads + thread;
-    const Vector<T>* const middle = place + (smem_rows + 1) / 2 * threads;
-    const Vector<T>* const end = place + smem_rows * threads;
+  }
+
+  // The same for those in shared memory, at the places of group i, in two halves, each behind
+  // before_half(0 or 1): loads of a half are one group of cp.async, so that the first half is
+  // summed while the second lands.
+  template <typename Use, typename BeforeHalf>
+  __device__ void each_smem_vector(int i, Cursor& c, Use use, BeforeHalf before_half) const {
+    const unsigned stage = i - divide(i, a.stages) * a.stages.divisor;
+    Vector<T>* place = b.places + stage * a.smem_vectors * workers + thread;
+    const Vector<T>* const middle = place + (smem_vectors + 1) / 2 * workers;
+    const Vector<T>* const end = place + smem_vectors * workers;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       before_half(half);
 #pragma unroll 1
-      for (; place < (half == 0 ? middle : end); place += threads) {
-        use(*place, at);
-        group.advance(at);
+      for (; place < (half == 0 ? middle : end); place += workers) {
+        use(*place, c);
+        group.advance(c);
       }
-      after_half();
     }
-  };
+  }
 
-  // Rows beyond the places take turns in the last kRing of them.
-  const auto ring = [&](int row) -> Vector<T>& {
-    return b.places()[(p.smem_rows - kRing + row % kRing) * threads + thread];
-  };
-  const auto ring_walk = [&](int row) {
-    return group.walk(first + (reg_rows + smem_rows + row) * step);
-  };
+  // The place, and the cursor, of the r-th vector that has no place of its own.
+  __device__ Vector<T>& ring(int r) const {
+    return b.places[(a.smem_vectors - kRing + r % kRing) * workers + thread];
+  }
+  __device__ Cursor ring_cursor(int r) const {
+    const int v = reg_vectors + smem_vectors + r;
+    if (keeps_column(kLayout)) return {start.line + v * group.step.line, start.in_line};
+    return group.cursor(first + v * a.step.divisor);
+  }
 
-  // Sends for group i.
-  const auto load = [&](int i) {
+  // Issues the loads of group i: two groups of cp.async.
+  __device__ void load(int i) {
+    const bool exists = i < b.groups;
     const auto origin = group.origin(b.group(i));
-    Walk from = start_of_share;
+    Cursor c = start;
 #pragma unroll 1
-    for (int row = 0; kHasRing && i < b.groups && row < min(ring_rows, kRing); ++row)
-      group.load(kShared, ring(row), origin, ring_walk(row));
-    if (i < b.groups)
-      each_reg_row(from, [&](Vector<T>& v, const Walk& w) { group.load(kRegister, v, origin, w); });
-    each_smem_row(
-        i, from, [](int) {},
-        [&](Vector<T>& v, const Walk& w) {
-          if (i < b.groups) group.load(kShared, v, origin, w);
-        },
-        cp_async_commit_group);
-  };
-
-  // Σ d and Σ d² of group i, with d = x − pivot.
-  const auto sum = [&](int i) {
-    const auto origin = group.origin(b.group(i));
-    const auto turn = b.turn(i);
-    const A* const pivots = b.pivot(turn);
-    A pivot[G::kParts];
-    group.each_part([&](int e, unsigned c) { pivot[e] = pivots[c]; });
-    Sums<A> sums[G::kSums];
-    Walk at = start_of_share;
-    const auto add = [&](const Vector<T>& v, const Walk& w) {
-      group.sum(sums, v, origin, w, pivot);
+    for (int r = 0; kCanReread && exists && r < min(ring_vectors, kRing); ++r)
+      group.load(kShared, ring(r), origin, ring_cursor(r));
+    if (exists)
+      each_reg_vector(c, [&](auto& v, auto& at) { group.load(kRegister, v, origin, at); });
+    const auto load_one = [&](auto& v, auto& at) {
+      if (exists) group.load(kShared, v, origin, at);
     };
-    each_reg_row(at, add);
-    each_smem_row(
-        i, at,
-        [&](int half) {
-          if (p.stages.divisor > p.lag + 1)  // a later group may be on its way
-            half == 0 ? cp_async_wait_group<3>() : cp_async_wait_group<2>();
-          else
-            half == 0 ? cp_async_wait_group<1>() : cp_async_wait_group<0>();
-        },
-        add, [] {});
-    Walk ahead = ring_walk(kRing);
-    int row = 0, chain = 0;  // where one begins, for all lanes alike
-    do {
-      const int end = kLayout == kPixels ? min(chain + kChain, ring_rows) : ring_rows;
+    each_smem_vector(i, c, load_one, commit_first_half);
+    cp_async_commit_group();
+  }
+  static __device__ void commit_first_half(int half) {
+    if (half == 1) cp_async_commit_group();
+  }
+
+  // Σ d and Σ d² of group i, the last one whose loads have been issued.
+  __device__ void sum(int i) {
+    const auto origin = group.origin(b.group(i));
+    const auto stage = b.stage(i);
+    A pivot[G::kChannelsPerVector];
+    group.load_channels(pivot, stage.pivot);
+    Sums<A> sums[G::kAccumulators];
+    Cursor c = start;
+    const auto add = [&](auto& v, auto& at) { group.sum(sums, v, origin, at, pivot); };
+    each_reg_vector(c, add);
+    each_smem_vector(i, c, add, [](int half) {
+      half == 0 ? cp_async_wait_group<1>() : cp_async_wait_group<0>();
+    });
+    // As many turns for all lanes, since store_partials needs whole warps. Each turn's load is one
+    // group of cp.async, which has kRing turns to land.
+    const int turns = rereads ? a.vectors_per_thread - a.reg_vectors - a.smem_vectors + kRing : 0;
+    Cursor ahead = ring_cursor(kRing);
 #pragma unroll 1
-      for (; kHasRing && row < end; ++row) {
-        cp_async_wait_group<kRing - 1>();
-        add(ring(row), at);
-        group.advance(at);
-        if (row + kRing < ring_rows) group.load(kShared, ring(row), origin, ahead);
-        group.advance(ahead);
-        cp_async_commit_group();
-      }
-      leave(b, group, thread, turn, sums, chain > 0);
+    for (int r = 0;; ++r) {
+      const bool last = r >= turns;
+      if (last || (is_nhwc(kLayout) && r > 0 && r % kChain == 0)) {
+        store_partials(stage.partial, sums, r > kChain);
+        if (last) break;
 #pragma unroll
-      for (int e = 0; e < G::kSums; ++e) sums[e] = {};
-      chain += kChain;
-    } while (kLayout == kPixels && overflows && chain < p.rows - p.smem_rows + kRing);
-    mbarrier_arrive(b.summed(turn));  // all lanes: what each has read may be overwritten now
-  };
-
-  // Asks L2 for the first rows of group i, where memory would rest while another is exchanged.
-  const auto prefetch = [&](int i) {
-    if (i >= b.groups || p.stages.divisor > 1 || overflows) return;
-    const auto origin = group.origin(b.group(i));
-    Walk from = start_of_share;
-    int left = p.rows / (kLayout == kPixels ? 2 : 4);  // more would drive out what is there
-    const auto ask = [&](Vector<T>& v, const Walk& w) {
-      if (left-- > 0) group.load(kL2, v, origin, w);
-    };
-    each_reg_row(from, ask);
-    each_smem_row(i, from, [](int) {}, ask, [] {});
-  };
-
-  // y of group i, and refills each place that it has stored with group `next`.
-  const auto store = [&](int i, int next) {
-    const auto origin = group.origin(b.group(i)), next_origin = group.origin(b.group(next));
-    const bool refills = next < b.groups;
-    Result<A> result[G::kParts];
-    const auto turn = b.turn(i);
-    mbarrier_wait(b.ready(turn), turn.parity);
-    const Result<A>* const results = b.result(turn);
-    group.each_part([&](int e, unsigned c) { result[e] = results[c]; });
-    // Newest first: L2 still has those.
-#pragma unroll 1
-    for (int row = ring_rows - 1; kHasRing && row >= 0; --row) {
+        for (int e = 0; e < G::kAccumulators; ++e) sums[e] = {};
+      }
       cp_async_wait_group<kRing - 1>();
-      const Walk here = ring_walk(row);
-      group.store(ring(row), origin, here, result, overflows);
-      if (row >= kRing)
-        group.load(kShared, ring(row), origin, ring_walk(row - kRing));
-      else if (refills)
-        group.load(kShared, ring(row), next_origin, here);
+      if (r < ring_vectors) {
+        add(ring(r), c);
+        group.advance(c);
+        if (r + kRing < ring_vectors) group.load(kShared, ring(r), origin, ahead);
+        group.advance(ahead);
+      }
       cp_async_commit_group();
     }
-    Walk to = start_of_share;
-    each_reg_row(to, [&](Vector<T>& v, const Walk& w) {
-      group.store(v, origin, w, result, overflows);
-      if (refills) group.load(kRegister, v, next_origin, w);
-    });
-    each_smem_row(
-        i, to, [](int) {},
-        [&](Vector<T>& v, const Walk& w) {
-          group.store(v, origin, w, result, overflows);
-          if (refills) group.load(kShared, v, next_origin, w);
-        },
-        cp_async_commit_group);
-  };
-
-  if (const int turn = divide(b.first_group, p.stagger); turn < p.stagger_turns)
-    nanosleep_cycles(int64_t(turn) * p.stagger_cycles);
-  // Step i sums group i + lag, then stores group i and refills its places with group i + stages.
-  // Steps are executed in the order of the text, so that what is next is in the instruction cache.
-  // Exchange warps come along as far as the block's own barriers, which all come to at one place.
-  const int stages = p.stages.divisor;
-  const bool works = b.warp >= p.exchange_warps;
-#pragma unroll 1
-  for (int i = 1 - stages; i < max(b.groups, 1); ++i) {
-    const int ahead = i + p.lag;
-    if (works && i <= 0) load(i + stages - 1);
-    if (i == -p.lag) begin();
-    if (works && b.call.training && ahead >= 0 && ahead < b.groups) {
-      sum(ahead);
-      if constexpr (kMany || kLayout == kPixels) prefetch(ahead + stages);
-    }
-    if (i == -p.lag) {
-      const auto prepared = works ? decltype(prepare())() : prepare();
-      meet();
-      if (!works) return exchange(prepared);
-    }
-    if (!b.call.training) cp_async_wait_group<0>();
-    if (i >= 0 && i < b.groups) store(i, i + stages);
+    mbarrier_arrive_warp(stage.summed);
   }
-}
+
+  // Hands this thread's sums to the exchange warps; `accumulate`: adds them to those it has handed
+  // over for this group before. Channel → partial sum, as block_sums finds them:
+  //   one channel  [warp]
+  //   kNchwPacked  [line of the block][column][first or second channel of the vector]
+  //   kNhwc*       [element][line of the block, or warp where it has whole lines][column], so that
+  //                lanes write side by side
+  __device__ void store_partials(Sums<A>* partial, Sums<A> (&sums)[G::kAccumulators],
+                                 bool accumulate) const {
+    if constexpr (!keeps_column(kLayout)) {
+      Sums<A> all;
+#pragma unroll
+      for (int e = 0; e < G::kAccumulators; ++e) all.add(sums[e]);
+      all = warp_sum(all);
+      if (b.lane == 0) partial[thread / 32] = all;
+    } else if constexpr (kLayout == kNchwPacked) {
+      Sums<A> of[2];
+#pragma unroll
+      for (int e = 0; e < G::kAccumulators; ++e)
+        if (e < group.split)
+          of[0].add(sums[e]);
+        else
+          of[1].add(sums[e]);
+      if (thread < unsigned(a.workers)) {
+        partial[2 * thread] = of[0];
+        partial[2 * thread + 1] = of[1];
+      }
+    } else {
+      const unsigned width = a.width.divisor;
+      const bool by_warp = fits_warp(kLayout, width);
+#pragma unroll 1
+      for (unsigned bit = 16; by_warp && bit >= width; bit /= 2)
+#pragma unroll
+        for (int e = 0; e < G::kAccumulators; ++e)
+          sums[e].add({__shfl_xor_sync(0xffffffffu, sums[e].s1, bit),
+                       __shfl_xor_sync(0xffffffffu, sums[e].s2, bit)});
+      const unsigned at = by_warp ? thread / 32 * width + b.lane : thread;
+      if (by_warp ? unsigned(b.lane) < width : thread < unsigned(a.workers))
+#pragma unroll
+        for (int e = 0; e < G::kAccumulators; ++e) {
+          Sums<A>& to = partial[e * a.partial_stride + at];
+          if (accumulate) sums[e].add(to);
+          to = sums[e];
+        }
+    }
+  }
+
+  // Prefetches the first vectors of group i into L2, where memory would rest during the exchange of
+  // the only group in flight: more than a part would drive out what L2 holds.
+  __device__ void prefetch(int i) {
+    if (i >= b.groups || a.stages.divisor > 1 || rereads) return;
+    const auto origin = group.origin(b.group(i));
+    Cursor c = start;
+    const int part = a.vectors_per_thread / (is_nhwc(kLayout) ? 2 : 4);
+#pragma unroll 1
+    for (int r = 0; r < min(vectors, part); ++r) {
+      group.load(kL2, reg[0], origin, c);
+      group.advance(c);
+    }
+  }
+
+  // y of group i, once its result is there; refills each place with group `next` as it is stored.
+  __device__ void store(int i, int next) {
+    const auto origin = group.origin(b.group(i)), next_origin = group.origin(b.group(next));
+    const bool refills = next < b.groups;
+    const auto stage = b.stage(i);
+    mbarrier_wait(stage.ready, stage.parity);
+    typename G::Result result;
+    group.load_channels(result.mean, stage.mean);
+    group.load_channels(result.scale, stage.scale);
+    group.load_channels(result.shift, stage.shift);
+    // Newest first: L2 still has those. The ring holds the last kRing; each turn as in sum().
+#pragma unroll 1
+    for (int r = ring_vectors - 1; kCanReread && r >= 0; --r) {
+      cp_async_wait_group<kRing - 1>();
+      const Cursor c = ring_cursor(r);
+      group.store(ring(r), origin, c, result, rereads);
+      if (r >= kRing)
+        group.load(kShared, ring(r), origin, ring_cursor(r - kRing));
+      else if (refills)
+        group.load(kShared, ring(r), next_origin, c);
+      cp_async_commit_group();
+    }
+    const auto store_and_refill = [&](Memory memory) {
+      return [&, memory](auto& v, auto& at) {
+        group.store(v, origin, at, result, rereads);
+        if (refills) group.load(memory, v, next_origin, at);
+      };
+    };
+    Cursor c = start;
+    each_reg_vector(c, store_and_refill(kRegister));
+    each_smem_vector(i, c, store_and_refill(kShared), commit_first_half);
+    cp_async_commit_group();
+  }
+};
 
 // -------------------------------------------------------------------------------------------------
 // Exchange warps: from the block's sums to the team's, and to what the workers need
 // -------------------------------------------------------------------------------------------------
-struct Moments {
-  double mean, var, m2;  // m2: Σ (x − mean)²
-};
-
-__device__ Moments batch_moments(const Arguments& a, double pivot, double s1, double s2) {
-  const double offset = s1 * a.per_element;
-  double m2 = s2 - s1 * offset;
-  if (m2 < 0) m2 = 0;  // rounding, in a constant channel; NaN stays
-  return {pivot + offset, m2 * a.per_element, m2};
-}
-
-// What of the parameters and buffers a channel needs.
-template <typename T>
-struct Channel {
-  using A = Accumulator<T>;
+template <typename A>
+struct Channel {  // what a channel has of parameters and buffers
   A gamma = 1, beta = 0, running_mean = 0, running_var = 0;
-
-  __device__ Result<A> result(double mean, double inv_std) const {
-    const double scale = inv_std * gamma;
-    return {A(mean), A(scale), A(beta - (mean - A(mean)) * scale)};
-  }
-
-  // What backward needs, and the new running statistics, with `factor` for the new value's weight.
-  __device__ void save(const Arguments& a, int c, const Moments& moments, double inv_std,
-                       double factor) const {
-    const FusedBatchNormCall& call = a.call;
-    static_cast<A*>(call.mean)[c] = A(moments.mean);
-    static_cast<A*>(call.inv_std)[c] = A(inv_std);
-    if (call.running_mean) {
-      const double unbiased = moments.m2 * a.per_element_but_one;
-      store_parameter<T>(call.running_mean, c, call.running_float,
-                         (1 - factor) * running_mean + factor * moments.mean);
-      store_parameter<T>(call.running_var, c, call.running_float,
-                         (1 - factor) * running_var + factor * unbiased);
-    }
-  }
 };
 
-// Sum of slots `stride` apart, of which this lane takes number `part` and every parts-th after it.
-// Each slot says whether it has arrived.
-constexpr int kSlots = 5;  // on their way to a lane: 132 blocks in one go
+// Sum of `count` slots `stride` apart, of which this lane takes number `part` and every parts-th
+// after it. Polls those that have not arrived.
+constexpr int kSlots = 5;  // in flight to a lane: with 32 lanes, those of 132 blocks at once
 template <typename A>
 __device__ Sums<A> gather(const SumSlot<A>* slots, int count, int stride, int part, int parts) {
+  const SumSlot<A> nothing = {0, A(-0.0)};  // arrived, and adds 0
   Sums<A> sums;
 #pragma unroll 1
   for (int first = part; first < count; first += kSlots * parts) {
@@ -1143,7 +1038,7 @@ __device__ Sums<A> gather(const SumSlot<A>* slots, int count, int stride, int pa
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) {
         const int at = first + k * parts;
-        slot[k] = at < count ? ld_relaxed(&slots[at * stride]) : SumSlot<A>{0, A(-0.0)};
+        slot[k] = at < count ? ld_relaxed(&slots[at * stride]) : nothing;
       }
 #pragma unroll
       for (int k = 0; k < kSlots; ++k)
@@ -1156,262 +1051,276 @@ __device__ Sums<A> gather(const SumSlot<A>* slots, int count, int stride, int pa
   return sums;
 }
 
-// The pivot of a channel: a mean of some of its elements, so that (pivot − mean)² is a fraction of
-// var and nothing cancels. They come in four runs, scattered over the channel: elements that lie
-// apart would each be a request of its own, for which small channels have no time. Of any three
-// runs the median counts, so that no outlier, nor a run of them, moves the pivot away from all
-// others. It is one of T's own values: then d = x − pivot has few digits, and most sums are exact.
-constexpr int kRuns = 4, kRunElements = 8;
+// The pivot of a channel is a mean of some of its elements, so that (pivot − mean)² is a fraction
+// of var and nothing cancels. Each lane gives the median of three, so that neither an outlier nor a
+// run of them moves the pivot away from all others. The lanes' elements lie side by side, in three
+// runs: apart, each would be a request of its own, for which small channels have no time. The pivot
+// is rounded to T: then d = x − pivot has few digits, and most sums are exact.
 template <typename T>
 struct Sample {
-  T run[kRuns];  // a lane's element of each
+  T of[3];
 };
 
-// An exchange warp takes a unit of a group: one channel, or up to 32. The lanes that have the same
+// An exchange warp has a unit of a group: one channel, or up to 32. Lanes that have the same
 // channel share what there is to add. All lanes of the warp call each function.
 template <typename T, Layout kLayout>
 struct ExchangeWarp {
   using A = Accumulator<T>;
   const Block<T>& b;
-  const Plan& p = b.p;
-  const FusedBatchNormCall& call = b.call;
-  // Set of warps that this one is in; unit in the group.
-  const int set = has_columns(kLayout) ? b.turn(b.warp).set : b.warp;
-  const int index = has_columns(kLayout) ? divide(b.warp, p.sets) : 0;
-  const int bits = has_columns(kLayout) ? b.layout.unit_bits : 0, unit_channels = 1 << bits;
-  // This lane's number among those of its channel; how many they are; its channel in the group.
+  const Arguments& a = b.a;
+  // The stage whose groups this warp takes; its unit of the group.
+  const int unit = keeps_column(kLayout) ? divide(b.warp, a.stages) : 0;
+  const int stage = b.warp - unit * a.stages.divisor;
+  const int bits = keeps_column(kLayout) ? a.unit_bits : 0, unit_channels = 1 << bits;
+  // This lane's number among those of its channel, how many they are, its channel in the group.
   const int part = b.lane >> bits, parts = 32 >> bits;
-  const int local = index * unit_channels + (b.lane & (unit_channels - 1));
+  const int channel = unit * unit_channels + (b.lane & (unit_channels - 1));
+  // Whether this lane does what one lane does for the channel.
+  const bool leads = channel < a.channels && part == 0;
 
-  // Whether this lane does for its channel what one lane does.
-  __device__ bool leads() const { return local < p.channels && part == 0; }
-  // This lane's channel in x, for group i of the block's team.
-  __device__ int channel_of(int i) const { return b.group(i) * p.channels + local; }
-  // Whether it needs pivots.
-  __device__ bool samples(int i) const { return call.training && i < b.groups; }
+  // This lane's channel in x, in group i of the block's team.
+  __device__ int channel_in_x(int i) const { return b.group(i) * a.channels + channel; }
+  __device__ bool samples(int i) const { return a.training && i < b.groups; }
 
-  // Loads the sample of this lane's channel in group i. (One without a channel reads another's.)
+  // Loads the sample of group i. (A lane without a channel reads another's.)
   __device__ Sample<T> sample(int i) const {
-    const int64_t channel = min(channel_of(i), int(call.C) - 1);
-    const bool apart = call.HW < kRunElements;
-    const int e = part % kRunElements;
+    const int64_t c = min(channel_in_x(i), int(a.C) - 1);
+    const bool apart = a.HW < parts;  // planes are shorter than a run
     Sample<T> s;
 #pragma unroll
-    for (int r = 0; r < kRuns; ++r) {
-      const unsigned seed = apart ? r * kRunElements + e : r;
-      const unsigned starts = unsigned(call.HW) - (apart ? 0 : kRunElements - 1);
-      const uint64_t n = __umulhi(seed * 0x9e3779b9u, unsigned(call.N)),
-                     at = __umulhi(seed * 0x85ebca6bu, starts) + uint64_t(apart ? 0 : e);
-      s.run[r] = static_cast<const T*>(
-          call.x)[n * b.a.image +
-                  (kLayout == kPixels ? channel + at * call.C : channel * call.HW + at)];
+    for (int run = 0; run < 3; ++run) {
+      const unsigned seed = apart ? 3 * part + run : run;
+      const uint64_t n = __umulhi(seed * 0x9e3779b9u, unsigned(a.N));
+      const uint64_t start = __umulhi(seed * 0x85ebca6bu, unsigned(a.HW) - (apart ? 0 : parts - 1));
+      const uint64_t at = start + (apart ? 0 : part);
+      s.of[run] = static_cast<const T*>(
+          a.x)[n * a.image + (is_nhwc(kLayout) ? c + at * a.C : c * a.HW + at)];
     }
     return s;
   }
 
-  // Leaves a group's pivots, which the workers find behind the result of an earlier group.
+  // Leaves the pivots of group i.
   __device__ void set_pivots(int i, const Sample<T>& s) const {
-    A sum = 0;
-#pragma unroll
-    for (int r = 0; r < kRuns; ++r) {
-      const A v = widen(s.run[r]), next = widen(s.run[(r + 1) % kRuns]);
-      sum += max(min(v, next), min(max(v, next), widen(s.run[(r + 2) % kRuns])));
-    }
-    const A mean = warp_sum(sum, unit_channels) * unit_channels / (kRuns * 32);
+    const A u = widen(s.of[0]), v = widen(s.of[1]), w = widen(s.of[2]);
+    const A median = max(min(u, v), min(max(u, v), w));
+    // Divided before the sum, which could overflow.
+    const A mean = warp_sum(median * (A(unit_channels) / 32), unit_channels);
     const A pivot = isfinite(mean) ? widen(round_to<T>(mean)) : A(0);
-    if (leads()) b.pivot(b.turn(i))[local] = pivot;
+    if (leads) b.stage(i).pivot[channel] = pivot;
   }
 
-  // A channel's sums over the block.
-  __device__ Sums<A> block_sums(Turn turn) const {
+  // A channel's sums over the block, from where store_partials left them.
+  __device__ Sums<A> block_sums(const Sums<A>* partial) const {
     constexpr int kSize = Vector<T>::kSize;
-    const Sums<A>* const partial = b.partial(turn);
-    const int row = b.layout.partial_row, rows = b.layout.partial_rows;
     Sums<A> sums;
-    // Adds entry `at` of rows first, first + step …
-    const auto add_rows = [&](Sums<A>& to, unsigned at, int first, int step) {
+    const unsigned width = a.width.divisor;
+    const auto add_lines = [&](const Sums<A>* from, int stride, int first, int step) {
+      Sums<A> of_lines;  // a sum of its own: one chain of all would be long, see kChain
 #pragma unroll 2
-      for (int r = first; r < rows; r += step) to.add(partial[r * row + at]);
+      for (int line = first; line < a.partial_lines; line += step)
+        of_lines.add(from[line * stride]);
+      sums.add(of_lines);
     };
-    if constexpr (!has_columns(kLayout)) {
-      if (b.lane < rows) sums.add(partial[b.lane]);
-    } else if (local >= p.channels) {
-    } else if constexpr (kLayout == kPackedPlanes) {  // lanes share the columns of its plane
-      const unsigned first = local * unsigned(call.HW), end = first + unsigned(call.HW);
+    // NHWC: of element i of the lines, whose sums the channel's lanes share.
+    const auto add_element = [&](unsigned i) {
+      add_lines(partial + i % kSize * a.partial_stride + i / kSize, width, part, parts);
+    };
+    if constexpr (!keeps_column(kLayout)) {
+      if (b.lane < a.partial_lines) sums.add(partial[b.lane]);
+    } else if (channel >= a.channels) {
+    } else if constexpr (kLayout == kNchwPacked) {  // lanes share the columns of the plane
+      const unsigned first = channel * unsigned(a.HW), end = first + unsigned(a.HW);
 #pragma unroll 1
-      for (unsigned c = first / kSize + part; c * kSize < end; c += parts)
-        add_rows(sums, 2 * c + (c * kSize < first), 0, 1);
-    } else {  // they share the rows; each pixel has an entry
-      const unsigned pixel = p.pixel.divisor * kSize, all = p.width.divisor * kSize;  // elements
+      for (unsigned column = first / kSize + part; column * kSize < end; column += parts)
+        add_lines(partial + 2 * column + (column * kSize < first), 2 * width, 0, 1);
+    } else if constexpr (kLayout == kNhwc) {
+      add_element(channel);
+    } else {  // each pixel of a line has an element
+      const unsigned segment = a.segment.divisor * kSize, elements = width * kSize;
 #pragma unroll 1
-      for (unsigned j = 0; j < p.pixels; ++j) {
-        const unsigned first = j * unsigned(call.C) + b.a.shift, in_row = first + local;
-        const unsigned periodic = in_row - (in_row < all ? 0 : all);
-        Sums<A> of_pixel;  // else there would be long chains of additions, see kChain
-        add_rows(of_pixel, pixel == all ? periodic : j * pixel + first % kSize + local, part,
-                 parts);
-        sums.add(of_pixel);
+      for (unsigned pixel = 0; pixel < a.pixels; ++pixel) {
+        const unsigned first = pixel * unsigned(a.C) + a.misalignment, in_line = first + channel;
+        const unsigned periodic = in_line - (in_line < elements ? 0 : elements);
+        add_element(segment == elements ? periodic : pixel * segment + first % kSize + channel);
       }
     }
     return warp_sum(sums, unit_channels);
   }
 
-  // From a block's sums to its cluster's: each block sends them to all.
-  __device__ Sums<A> cluster_sums(const Sums<A>& own) const {
-    const int team = p.team.divisor;
-    SumSlot<A>* const slots = b.template at<SumSlot<A>>(b.layout.message_at) + local * team;
-    const bool exists = local < p.channels;
-#pragma unroll 1
-    for (int rank = part; exists && rank < team; rank += parts)
-      st_async(&slots[b.rank], rank, SumSlot<A>{own.s1, -own.s2}, b.gathered());
-    mbarrier_wait(b.gathered(), 0);
-    Sums<A> sums;
-#pragma unroll 1
-    for (int rank = part; exists && rank < team; rank += parts)
-      sums.add(Sums<A>{slots[rank].s1, -slots[rank].minus_s2});
-    return warp_sum(sums, unit_channels);
-  }
-
-  // From a block's sums to those of a team in the grid, by slots in memory: one for each block and
-  // channel, and one for the team's. Few are added up by each block for itself; of many, each
-  // channel is one block's, which leaves the team's sums for all.
-  __device__ Sums<A> grid_sums(int i, const Sums<A>& own) const {
-    const int team = p.team.divisor, channels = has_columns(kLayout) ? p.channels : 1;
-    const bool exists = local < channels, few = team <= 4 * kSlots * parts;
-    unsigned char* const group = b.a.scratch + b.group(i) * b.layout.group_bytes;
-    auto* const counter = reinterpret_cast<unsigned long long*>(group + index * kLineBytes);
-    auto* const slots = reinterpret_cast<SumSlot<A>*>(group + b.layout.units * kLineBytes);
-    auto* const total = slots + team * channels;
+  // The team's sums, through slots in memory: one for each block and channel, and one for the
+  // team's. Each block adds up few slots for itself; of many, each channel is one block's, which
+  // leaves the team's sums for all.
+  __device__ Sums<A> team_sums(int i, const Sums<A>& own) const {
+    const int team = a.team.divisor, channels = keeps_column(kLayout) ? a.channels : 1;
+    const bool exists = channel < channels, few = team <= 4 * kSlots * parts;
+    unsigned char* const group = a.scratch + int64_t(b.group(i)) * a.group_bytes;
+    auto* const counter = reinterpret_cast<unsigned long long*>(group + unit * kLineBytes);
+    auto* const slots = reinterpret_cast<SumSlot<A>*>(group + a.units * kLineBytes);
+    auto* const totals = slots + team * channels;
     if (exists && part == 0)
-      st_relaxed(&slots[b.rank * channels + local], SumSlot<A>{own.s1, -own.s2});
+      st_relaxed(&slots[b.rank * channels + channel], SumSlot<A>{own.s1, -own.s2});
     if (few) {
-      // The count orders nothing: looking at all slots, again and again, would take L2's time.
-      if (b.lane == 0) atomicAdd(counter, 1);  // relaxed
+      // The counter saves polling all the slots, which would take L2's time; it orders nothing.
+      if (b.lane == 0) atomicAdd(counter, 1);
       while (b.lane == 0 && ld_relaxed(counter) < team) nanosleep();
       __syncwarp();
-      return warp_sum(gather(slots + local, exists ? team : 0, channels, part, parts),
+      return warp_sum(gather(slots + channel, exists ? team : 0, channels, part, parts),
                       unit_channels);
     }
 #pragma unroll 1
     for (int c = b.rank; c < channels; c += team) {
-      if (c >> bits != index) continue;
+      if (c >> bits != unit) continue;
       const Sums<A> sums = warp_sum(gather(slots + c, team, channels, b.lane, 32));
-      if (b.lane == 0) st_relaxed(&total[c], SumSlot<A>{sums.s1, -sums.s2});
+      if (b.lane == 0) st_relaxed(&totals[c], SumSlot<A>{sums.s1, -sums.s2});
     }
-    return gather(total + local, exists, channels, 0, 1);
+    return gather(totals + channel, exists, channels, 0, 1);
   }
 
-  // Of this lane's channel in group i, if it is the one that needs it.
-  __device__ Channel<T> load_channel(int i) const {
-    const int c = channel_of(i);
-    Channel<T> channel;
-    if (!leads() || i >= b.groups || c >= call.C) return channel;
-    if (call.gamma) channel.gamma = load_parameter<T>(call.gamma, c, call.affine_float);
-    if (call.beta) channel.beta = load_parameter<T>(call.beta, c, call.affine_float);
-    if (call.running_mean && (b.rank == 0 || !call.training)) {
-      channel.running_mean = load_parameter<T>(call.running_mean, c, call.running_float);
-      channel.running_var = load_parameter<T>(call.running_var, c, call.running_float);
+  // Of this lane's channel in group i, where this lane needs it.
+  __device__ Channel<A> load_channel(int i) const {
+    const int c = channel_in_x(i);
+    Channel<A> of;
+    if (!leads || i >= b.groups || c >= a.C) return of;
+    if (a.gamma) of.gamma = load_parameter<T>(a.gamma, c, a.affine_float);
+    if (a.beta) of.beta = load_parameter<T>(a.beta, c, a.affine_float);
+    if (a.running_mean && (b.rank == 0 || !a.training)) {
+      of.running_mean = load_parameter<T>(a.running_mean, c, a.running_float);
+      of.running_var = load_parameter<T>(a.running_var, c, a.running_float);
     }
-    return channel;
+    return of;
   }
 
-  // `channel`: of the first group.
-  __device__ void exchange(Channel<T> channel) const {
-    const int sets = p.sets.divisor;
+  // For each group of this warp's stage: waits for the block's sums, leaves the result, saves the
+  // statistics. `of`: the channel in the first of them.
+  __device__ void exchange(Channel<A> of) const {
+    const int stages = a.stages.divisor;
     const auto prepare_pivots = [&](int i) {
       if (samples(i)) set_pivots(i, sample(i));
     };
-    prepare_pivots(set + sets);
+    prepare_pivots(stage + stages);
 #pragma unroll 1
-    for (int i = set; i < b.groups; i += sets) {
-      const auto turn = b.turn(i);
-      Moments moments;
-      if (call.training) {
-        mbarrier_wait(b.summed(turn), turn.parity);
-        Sums<A> sums = block_sums(turn);
-        if (p.team_kind == kClusterTeam)
-          sums = cluster_sums(sums);
-        else if (p.team.divisor > 1)
-          sums = grid_sums(i, sums);
-        moments = batch_moments(b.a, leads() ? b.pivot(turn)[local] : A(0), sums.s1, sums.s2);
-      } else {
-        moments.mean = channel.running_mean;
-        moments.var = channel.running_var;
+    for (int i = stage; i < b.groups; i += stages) {
+      const auto own = b.stage(i);
+      double mean = of.running_mean, var = of.running_var, m2 = 0;  // m2: Σ (x − mean)²
+      if (a.training) {
+        mbarrier_wait(own.summed, own.parity);
+        Sums<A> sums = block_sums(own.partial);
+        if (a.team.divisor > 1) sums = team_sums(i, sums);
+        const double offset = sums.s1 * a.per_element;
+        m2 = sums.s2 - sums.s1 * offset;
+        if (m2 < 0) m2 = 0;  // by rounding, in a constant channel; NaN stays
+        mean = (leads ? own.pivot[channel] : A(0)) + offset;
+        var = m2 * a.per_element;
       }
-      const double inv_std = rsqrt(moments.var + call.eps);
-      if (leads()) b.result(turn)[local] = channel.result(moments.mean, inv_std);
-      mbarrier_arrive(b.ready(turn));
-      if (const int c = channel_of(i); call.training && b.rank == 0 && leads() && c < call.C)
-        channel.save(b.a, c, moments, inv_std, *b.factor());
-      prepare_pivots(i + 2 * sets);
-      channel = load_channel(i + sets);
+      const double inv_std = rsqrt(var + a.eps), scale = inv_std * of.gamma;
+      if (leads) {
+        own.mean[channel] = A(mean);
+        own.scale[channel] = A(scale);
+        own.shift[channel] = A(of.beta - (mean - A(mean)) * scale);
+      }
+      mbarrier_arrive_warp(own.ready);
+      if (a.training && b.rank == 0 && leads) save(channel_in_x(i), of, mean, m2, inv_std);
+      prepare_pivots(i + 2 * stages);
+      of = load_channel(i + stages);
     }
+  }
+
+  // Of channel c: what backward needs, and the running buffers.
+  __device__ void save(int c, const Channel<A>& of, double mean, double m2, double inv_std) const {
+    if (c >= a.C) return;
+    static_cast<A*>(a.mean)[c] = A(mean);
+    static_cast<A*>(a.inv_std)[c] = A(inv_std);
+    if (!a.running_mean) return;
+    const double factor = b.head.factor, unbiased = m2 * a.per_element_less;
+    store_parameter<T>(a.running_mean, c, a.running_float,
+                       (1 - factor) * of.running_mean + factor * mean);
+    store_parameter<T>(a.running_var, c, a.running_float,
+                       (1 - factor) * of.running_var + factor * unbiased);
   }
 };
 
 // -------------------------------------------------------------------------------------------------
 // The kernel
 // -------------------------------------------------------------------------------------------------
-template <typename T, Layout kLayout, bool kMany>
-__global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kMany, kLean))
+template <typename T, Layout kLayout, bool kDeep>
+__global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kDeep, kExtra))
     fused_batch_norm_forward_kernel(const __grid_constant__ Arguments a) {
   using A = Accumulator<T>;
   const Block<T> b(a);
-  const Plan& p = a.plan;
-  const FusedBatchNormCall& call = a.call;
+  const bool works = b.warp >= a.exchange_warps;
   if (threadIdx.x == 0) {
-    double factor = call.momentum;
-    if (call.cumulative)
-      factor = call.num_batches_tracked ? 1.0 / double(*call.num_batches_tracked + 1) : 0;
-    *b.factor() = factor;
+    double factor = a.momentum;
+    if (a.cumulative) factor = a.num_batches_tracked ? 1.0 / double(*a.num_batches_tracked + 1) : 0;
+    b.head.factor = factor;
   }
-  const ExchangeWarp<T, kLayout> warp{b};
-  const bool samples = b.warp < p.exchange_warps && warp.samples(warp.set);
-  Sample<T> sample;  // sent for before x itself takes all of memory's time
-  if (samples) sample = warp.sample(warp.set);
+  const ExchangeWarp<T, kLayout> exchange_warp{b};
+  const bool samples = !works && exchange_warp.samples(exchange_warp.stage);
+  Sample<T> sample;  // loaded before x itself takes all of the bandwidth
+  if (samples) sample = exchange_warp.sample(exchange_warp.stage);
   const auto grid = cooperative_groups::this_grid();
   unsigned arrival = 0;
-  if (p.team_kind == kGridTeam) {
+  if (a.cooperative) {
     auto* const slots = reinterpret_cast<SumSlot<A>*>(a.scratch);
-    const int64_t count = p.groups * b.layout.group_bytes / sizeof(SumSlot<A>),
-                  step = int64_t(gridDim.x) * blockDim.x;
+    const int64_t count = int64_t(a.groups) * a.group_bytes / sizeof(SumSlot<A>);
+    const int64_t step = int64_t(gridDim.x) * blockDim.x;
 #pragma unroll 1
     for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step)
       st_relaxed(&slots[i], SumSlot<A>{0, 0});
     arrival = grid.barrier_arrive();
   }
-  if (samples) warp.set_pivots(warp.set, sample);
-  // Behind the first loads.
-  const auto begin = [&] {
-    if (threadIdx.x == 0) {
+  if (samples) exchange_warp.set_pivots(exchange_warp.stage, sample);
+
+  // In step, the blocks of a multiprocessor would all load, then all store, and memory would rest
+  // in between: each waits until memory has had time to read what those before it have asked for.
+  if (a.stagger_cycles > 0)
+    if (const int turn = blockIdx.x / a.multiprocessors; turn < a.stagger_turns)
+      nanosleep_cycles(int64_t(turn) * a.stagger_cycles);
+
+  // Step i sums group i + stages − 1, then stores group i and refills its places with group
+  // i + stages. Before step 0 there is nothing to store, and the loads are issued by themselves:
+  //   stages = 1   step  0: load 0, sum 0,             store 0, refilling with 1
+  //                step  1:         sum 1,             store 1, refilling with 2 …
+  //   stages = 3   step −2: load 0, sum 0              (exchange warps: group 0)
+  //                step −1: load 1, sum 1              (groups 0 and 1)
+  //                step  0: load 2, sum 2 (0, 1, 2),   store 0, refilling with 3
+  //                step  1:         sum 3 (1, 2, 3),   store 1, refilling with 4 …
+  // So the group to be summed is always the last one loaded, and its two groups of cp.async are the
+  // last ones committed: while its first half is summed, 1 may be pending, then 0.
+  // A step's code stands in the order of its execution, once each: what comes next is in the
+  // instruction cache.
+  Worker<T, kLayout, kDeep> worker{b};
+  const int stages = a.stages.divisor;
 #pragma unroll 1
-      for (int i = 0; i < int(p.sets.divisor); ++i) {
-        mbarrier_init(b.summed({i, 0}), blockDim.x - 32 * p.exchange_warps);
-        mbarrier_init(b.ready({i, 0}), 32 * b.layout.units);
+  for (int i = 1 - stages; i < max(b.groups, 1); ++i) {
+    const bool first = i == 1 - stages;
+    const int newest = i + stages - 1;
+    if (works && i <= 0) worker.load(newest);
+    if (first) {
+      if (threadIdx.x == 0) {
+#pragma unroll 1
+        for (int stage = 0; stage < stages; ++stage) {
+          mbarrier_init(&b.head.barriers[stage].summed, blockDim.x / 32 - a.exchange_warps);
+          mbarrier_init(&b.head.barriers[stage].ready, a.units);
+        }
       }
-      mbarrier_init(b.gathered(), 1);
-      fence_mbarrier_init();
-      if (p.team_kind == kClusterTeam)
-        mbarrier_arrive_expect_tx(b.gathered(), p.channels * p.team.divisor * sizeof(SumSlot<A>));
+      __syncthreads();  // shows the barriers, the factor and the first pivots
     }
-    __syncwarp();  // whole warps, as the cluster's aligned barrier needs them
-    if (p.team_kind == kClusterTeam) barrier_cluster_arrive();
-    __syncthreads();  // the barriers, the factor and the first pivots are there
-  };
-  // Behind the first sums, before any exchange.
-  const auto meet = [&] {
-    __syncwarp();
-    if (p.team_kind == kClusterTeam)
-      barrier_cluster_wait();      // peers are there, with their mbarriers
-    if (p.team_kind == kGridTeam)  // no scratch is zeroed any more, the counter has been read
-      grid.barrier_wait(std::move(arrival));
-    auto* const batches = reinterpret_cast<unsigned long long*>(call.num_batches_tracked);
-    if (call.training && batches && blockIdx.x == 0 && threadIdx.x == 0) atomicAdd(batches, 1);
-  };
-  // What the first group's channels need takes long to come: it is sent for ahead of their sums.
-  const auto prepare = [&] { return warp.load_channel(warp.set); };
-  work<T, kLayout, kMany>(b, begin, prepare, meet,
-                          [&](const Channel<T>& channel) { warp.exchange(channel); });
+    if (works && a.training && newest < b.groups) {
+      worker.sum(newest);
+      if constexpr (kDeep || is_nhwc(kLayout)) worker.prefetch(newest + stages);
+    }
+    if (first) {
+      // What the first channels need takes long to come: it is loaded ahead of their sums.
+      const Channel<A> of = works ? Channel<A>{} : exchange_warp.load_channel(exchange_warp.stage);
+      // Behind it, all scratch is zero, and all have read the counter of batches.
+      if (a.cooperative) grid.barrier_wait(std::move(arrival));
+      auto* const batches = reinterpret_cast<unsigned long long*>(a.num_batches_tracked);
+      if (a.training && batches && blockIdx.x == 0 && threadIdx.x == 0) atomicAdd(batches, 1);
+      if (!works) return exchange_warp.exchange(of);
+    }
+    if (!a.training) cp_async_wait_group<0>();
+    if (i >= 0 && i < b.groups) worker.store(i, i + stages);
+  }
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -1440,18 +1349,29 @@ struct Device {
   }
 };
 
-// What a block moves and waits for (measured on an H100 and an H200), in bytes that could be moved
-// meanwhile: what a group costs beside its own where loads and exchange are hidden, where nothing
-// hides how long its last vectors take, and where nothing hides the exchange either.
-constexpr int64_t kHiddenBytes = 4 << 10, kLandingBytes = 64 << 10, kExchangeBytes = 144 << 10;
-constexpr int64_t kAloneBytes = 32 << 10;  // of a group that a block takes alone
-constexpr int64_t kEvalBytes = 28 << 10;   // of a block in eval mode: none waits for another
-constexpr int64_t kBlockBytes = 72 << 10;  // of a block where there are clusters: three fit
-constexpr int64_t kBytesPerCycle = 16;     // that a multiprocessor reads, beside what it writes
-constexpr int64_t kStaggerCycles = 5200;   // of reading x, at least, where blocks are staggered
-// Rows of a thread in a block with one group, where not all blocks are there at once; or at most.
-constexpr int kSmallRows = 14, kMostRows = 18;
-constexpr int kPixelRows = 2;  // of the smallest channels-last groups
+// What a plan takes: fitted to plans timed on an H200, by check.py --nets --regret.
+constexpr double kBytes = 30300;        // bytes that memory moves in a µs for one multiprocessor
+constexpr double kVector = .26;         // µs for a vector of each thread: summed and stored
+constexpr double kMaskedVector = .42;   // µs where not all elements of a vector may count
+constexpr double kWarp = .1;            // µs for a worker warp of a multiprocessor, in each round
+constexpr double kExchange = 2.5;       // µs from a block's last vector to its first store
+constexpr double kTeamExchange = 1.1;   // µs more with a team of as many blocks as multiprocessors
+constexpr double kMessage = .00021;     // µs for a channel's sums that a block gets from another
+constexpr double kPartial = .067;       // µs for each NHWC partial sum that a lane adds up
+constexpr double kGridLaunch = 3.3;     // µs more for a cooperative launch
+constexpr double kBusiest = .3;         // of the busiest multiprocessor's bytes against the mean
+constexpr double kSplitLine = .4;       // of bytes in cache lines that groups share
+constexpr double kReread = .38;         // of bytes read again that L2 does not hold
+constexpr int64_t kBytesPerCycle = 16;  // that a multiprocessor reads while others read too
+constexpr double kLastWave = .35;       // of the last wave's idle part
+
+// What is tried: worker warps of a multiprocessor, channels of packed planes, teams that read
+// vectors again, numbers of teams of a group, and all up to a few. Little else was ever the fastest.
+constexpr double kLeastWarps = 10, kMostWarps = 24, kMostPixelWarps = 20;
+constexpr int kMostPacked = 16, kRereadTeams = 2, kMostTries = 16, kFewTeams = 8;
+constexpr int64_t kEvalBytes = 28 << 10;  // of a block in eval mode, where none waits for another
+constexpr int kEvalVectors = 14;          // of its threads
+constexpr size_t kMostKept = 1000;        // plans that a thread remembers
 
 FastDivmod fast_divmod(int64_t divisor) {
   unsigned shift = 0;
@@ -1460,345 +1380,372 @@ FastDivmod fast_divmod(int64_t divisor) {
   return {unsigned(divisor), unsigned(magic), shift};
 }
 
-// Bytes from a 16-byte boundary to x.
-int shift_bytes(const FusedBatchNormCall& call) {
-  return int(reinterpret_cast<uintptr_t>(call.x) % kVectorBytes);
+// Elements from a 16-byte boundary to x, of which a vector has `size`.
+int misalignment_of(const FusedBatchNormCall& call, int size) {
+  return int(reinterpret_cast<uintptr_t>(call.x) % kVectorBytes * size / kVectorBytes);
 }
 
-// A group of so many channels, whose planes together are whole vectors; or, `masked`, of one.
-Plan planes(const FusedBatchNormCall& call, int size, int channels, bool masked) {
+// A group of one channel, masked or not; or of several, whose planes together are whole vectors.
+// None if there is none such.
+std::optional<Plan> nchw(const FusedBatchNormCall& call, int size, int channels, bool masked) {
   Plan p = {};
   const int64_t width =
       std::max<int64_t>(masked ? (call.HW + size - 2) / size + 1 : call.HW * channels / size, 1);
-  p.layout = masked ? kMaskedPlanes : channels > 1 ? kPackedPlanes : kPlanes;
+  if (call.C % channels || call.N * width >= int64_t(1) << 31) return {};
+  p.layout = masked ? kNchwMasked : channels > 1 ? kNchwPacked : kNchw;
   p.channels = channels;
   p.groups = int(call.C / channels);
   p.vectors = call.C > 0 ? unsigned(call.N * width) : 0;
   p.width = fast_divmod(width);
-  p.pixel = channels > 1 ? fast_divmod(call.HW) : p.width;
-  p.row_stride = unsigned(p.groups * width);
+  p.line_stride = unsigned(p.groups * width);
   p.group_stride = unsigned(width);
+  p.segment = fast_divmod(channels > 1 ? call.HW : width);
   return p;
 }
 
-// The fewest channels whose planes together are whole vectors, if there are such groups.
-std::optional<Plan> packed_planes(const FusedBatchNormCall& call, int size, bool lean) {
-  const int64_t channels = size / std::gcd<int64_t>(call.HW, size),
-                width = call.HW * channels / size;
-  if (channels == 1 || size == 2 || shift_bytes(call) > 0 || call.C == 0 || call.C % channels ||
-      call.HW < size - 1 || width > resident_threads(kPackedPlanes, size, false, lean) / 2 - 32)
-    return {};
-  return planes(call, size, int(channels), false);
-}
-
 // A group of neighbouring channels of a channels-last x, `channels` of them where C allows it.
-Plan pixels(const FusedBatchNormCall& call, int size, int channels) {
+std::optional<Plan> nhwc(const FusedBatchNormCall& call, int size, int channels) {
   Plan p = {};
   const int64_t C = call.C, pixels = call.N * call.HW;
-  p.layout = kPixels;
-  p.pixels = int(size / std::gcd<int64_t>(C, size));  // of a row, so that rows are whole vectors
-  p.row_stride = unsigned(p.pixels * C / size);
+  const int misalignment = misalignment_of(call, size);
+  p.layout = size > 2 && C % channels == 0 && C % size == 0 && channels % size == 0 && !misalignment
+                 ? kNhwc
+                 : kNhwcMasked;
+  p.pixels = int(size / std::gcd<int64_t>(C, size));
+  p.line_stride = unsigned(p.pixels * C / size);
+  int64_t lines;
   if (p.pixels > 1 && C <= channels) {  // all channels, pixel behind pixel
     p.channels = int(C);
-    p.pixel = p.width = fast_divmod(p.row_stride);
-    p.vectors = unsigned(ceil_div(pixels * C + size - 1, p.pixels * C)) * p.row_stride;
-  } else {  // each pixel has vectors of its own; the first and last may hold other channels too
+    p.segment = p.width = fast_divmod(p.line_stride);
+    lines = (pixels * C + size - 1 + p.pixels * C - 1) / (p.pixels * C);
+  } else {  // each pixel has vectors of its own, of which the first and last may be shared
     p.channels = int(std::min<int64_t>(channels, (C + size - 1) / size * size));
-    const int pixel = p.channels / size + (p.pixels > 1 || shift_bytes(call) > 0);
-    p.pixel = fast_divmod(pixel);
-    p.width = fast_divmod(p.pixels * pixel);
-    p.vectors = unsigned((pixels + p.pixels - 1) / p.pixels * p.width.divisor);
+    p.segment = fast_divmod(p.channels / size + (p.pixels > 1 || misalignment > 0));
+    p.width = fast_divmod(p.pixels * p.segment.divisor);
+    lines = (pixels + p.pixels - 1) / p.pixels;
   }
+  if (lines * p.width.divisor >= int64_t(1) << 31) return {};
+  p.vectors = unsigned(lines * p.width.divisor);
   p.groups = ceil_div(C, p.channels);
   p.group_stride = unsigned(p.channels / size);
   return p;
 }
 
+// The plan of least cost, among: groups × teams × blocks of a multiprocessor × stages × workers.
 struct Planner {
   const FusedBatchNormCall& call;
   const Device& device;
-  const int size, accumulator_bytes;
+  const int size, accumulator_bytes;  // elements of a vector; bytes of a sum
+  const bool masked = size == 2 || call.HW % size != 0 || misalignment_of(call, size) > 0;
+  const bool extra = takes_extra(device.architecture);
+  const int multiprocessors = device.multiprocessors;
   const int64_t multiprocessor_bytes = device.shared_bytes + device.reserved_bytes;
-  const bool lean = is_lean(device.architecture);
+  const double part =  // of x, for one multiprocessor, in bytes
+      kVectorBytes * std::max(double(call.N) * call.C * call.HW / size, 1.) / multiprocessors;
+  Plan best = {};
+  double best_cost = INFINITY;
 
-  // All blocks must read the counter before it counts: a launch in which they wait for each other.
-  bool counts_batches() const { return call.cumulative && call.num_batches_tracked; }
-  SharedLayout layout(const Plan& p) const { return SharedLayout(p, accumulator_bytes, size); }
-  int worker_threads(const Plan& p, int blocks, bool many = false) const {
-    return std::min(resident_threads(p.layout, size, many, lean) / blocks / 32 * 32, kMaxThreads) -
-           32 * p.exchange_warps;
-  }
-  int64_t blocks(const Plan& p) const { return int64_t(p.teams) * p.team.divisor; }
-  // Bytes of a block of which so many fit on a multiprocessor.
-  int64_t room(int blocks) const { return multiprocessor_bytes / blocks - device.reserved_bytes; }
-  // Blocks that a multiprocessor has room for, at least; and all of them.
-  int resident(const Plan& p) const {
-    return int(
-        std::min<int64_t>({multiprocessor_bytes / (p.shared_bytes + device.reserved_bytes),
-                           resident_threads(p.layout, size, false, lean) / block_threads(p), 32}));
-  }
-  // (Clusters leave some multiprocessors out: 8 of an H100's 132.)
-  int64_t at_once(const Plan& p) const {
-    const int left_out = p.team_kind == kClusterTeam ? device.multiprocessors / 16 : 0;
-    return int64_t(resident(p)) * (device.multiprocessors - left_out);
-  }
-  // Threads are a multiple of this: whole warps, or whole rows, so that each stays in its column.
-  int grain(const Plan& p) const {
-    return !has_columns(p.layout) || fits_warp(p.width.divisor) ? 32 : p.width.divisor;
-  }
+  // Two things at once take little more than the longer one.
+  static double overlap(double a, double b) { return std::sqrt(std::hypot(a * a, b * b)); }
 
-  // The plan with a team of so many blocks, of which so many fit on a multiprocessor.
-  Plan with_team(Plan p, TeamKind kind, int64_t team, int stages, int lag, int blocks) const {
-    p.team_kind = kind;
+  // The plan of a group with so many teams, in each so many blocks, so many groups in flight; and
+  // how an exchange is cut.
+  Plan with_team(Plan p, bool cooperative, int64_t team, int teams, int stages) const {
+    p.cooperative = cooperative;
     p.team = fast_divmod(team);
-    p.teams = int(std::max<int64_t>(
-        kind == kGridTeam ? std::min<int64_t>(blocks * device.multiprocessors / team, p.groups)
-                          : p.groups,
-        1));
+    p.teams = std::max(teams, 1);
     p.rounds = ceil_div(p.groups, p.teams);
     p.stages = fast_divmod(stages);
-    p.lag = lag;
-    p.sets = fast_divmod(lag + 1);
-    p.exchange_warps = layout(p).units * (lag + 1);
+    const int least = std::max(kUnitChannels, ceil_div(p.channels * stages, kMaxUnits));
+    while (1 << p.unit_bits < std::min(p.channels, least)) ++p.unit_bits;
+    p.units = ceil_div(p.channels, 1 << p.unit_bits);
+    p.exchange_warps = p.units * stages;
+    // Each unit's counter has a cache line, so that polling it delays no other's; then the slots.
+    const int64_t slots_bytes = (team + 1) * p.channels * 2 * accumulator_bytes;
+    if (cooperative && team > 1)
+      p.group_bytes = kLineBytes * (p.units + ceil_div(slots_bytes, kLineBytes));
     return p;
   }
 
-  // The same with so many worker threads in a block, and what rows they have where. None if that
-  // does not fit, unless rows may be read again.
-  std::optional<Plan> with_threads(Plan p, int threads, int blocks, bool rereads, bool many) const {
-    const int team = p.team.divisor, stages = p.stages.divisor;
-    p.threads = threads;
-    p.rows = ceil_div(p.vectors, int64_t(team) * threads);
-    // Rows go to the blocks of a team in turn, where those keep pace with each other; else each has
-    // its rows side by side.
-    const bool in_turn = stages > 1 || rereads;
-    p.share = in_turn ? threads : p.rows * threads;
-    p.step = fast_divmod(in_turn ? int64_t(team) * threads : threads);
-    p.step_row = p.step.divisor / p.width.divisor;
-    p.step_in_row = p.step.divisor % p.width.divisor;
-    p.reg_rows = stages == 1 ? std::min(p.rows, register_rows(p.layout, size, many, lean)) : 0;
-    p.smem_rows = 0;
-    const int rows = p.rows - p.reg_rows;
-    const int64_t left = room(blocks) - layout(p).bytes;
-    p.smem_rows = int(std::min<int64_t>(rows, left / (int64_t(stages) * threads * kVectorBytes)));
-    if (left < 0 || p.smem_rows < (rereads ? std::min(rows, kRing) : rows)) return {};
-    p.shared_bytes = layout(p).bytes;
-    p.stagger = fast_divmod(std::max(device.multiprocessors / team, 1));
+  // The plan with so many workers that have so many vectors in shared memory; where things lie there.
+  Plan with_places(Plan p, int workers, int smem_vectors) const {
+    const int stages = p.stages.divisor;
+    p.workers = workers;
+    p.smem_vectors = smem_vectors;
+    const bool by_warp = unit(p) == 32;
+    p.partial_lines = ceil_div(workers, by_warp ? 32 : p.width.divisor);
+    // Not a multiple of the banks, so that lanes that add different elements find them in others.
+    p.partial_stride = (p.partial_lines * p.width.divisor + 15) / 16 * 16 + 2;
+    p.partials = is_nhwc(p.layout)         ? size * p.partial_stride
+                 : p.layout == kNchwPacked ? 2 * p.partial_lines * p.width.divisor
+                                           : p.partial_lines;
+    p.channel_stride = ceil_div(p.channels, 4) * 4;
+    p.stage_at = int(sizeof(Head)) + stages * smem_vectors * workers * kVectorBytes;
+    p.stage_bytes =
+        ceil_div((2 * p.partials + (3 + 2) * p.channel_stride) * accumulator_bytes, 16) * 16;
+    p.shared_bytes = p.stage_at + stages * p.stage_bytes;
     return p;
   }
 
-  // The same with as many threads as have about so many rows each.
-  std::optional<Plan> with_rows(const Plan& group, TeamKind kind, int64_t team, int stages, int lag,
-                                int blocks, int rows) const {
-    const Plan p = with_team(group, kind, team, stages, lag, blocks);
-    const int share = std::max(ceil_div(p.vectors, team), 1), unit = grain(p),
-              most = worker_threads(p, blocks) / unit * unit;
-    if (most <= 0) return {};
-    const int threads =
-        int(std::min(ceil_div(share, int64_t(rows) * unit) * int64_t(unit), int64_t(most)));
-    rows = ceil_div(share, threads);  // no more threads than that takes
-    return with_threads(p, ceil_div(share, int64_t(rows) * unit) * unit, blocks, false, false);
+  // Workers come in whole warps; or in whole lines, so that each stays in its column.
+  int unit(const Plan& p) const {
+    return !keeps_column(p.layout) || fits_warp(p.layout, p.width.divisor) ? 32 : p.width.divisor;
   }
 
-  // Blocks of one multiprocessor start one after the other: in step, all would load, then all
-  // store, and memory would rest in between. Each waits until memory has had the time to read what
-  // those before it wait for. Not where memory reads all of x in little more time than the last
-  // block then sums and stores.
-  Plan staggered(Plan p) const {
-    const int64_t block_bytes = int64_t(p.rows) * p.threads * kVectorBytes;
-    const int turns = resident(p);
-    // No block more at once than turns, else those that come later would start out of turn.
-    if (blocks(p) > at_once(p))
+  // The plan with at most about so many workers in a block, of which `blocks` shall fit on a
+  // multiprocessor, and where their vectors are. None if those do not fit, nor can be read again.
+  std::optional<Plan> with_workers(Plan p, int workers, int blocks, bool deep = false) const {
+    const int team = p.team.divisor, stages = p.stages.divisor, share = ceil_div(p.vectors, team);
+    const int resident = resident_threads(p.layout, size, deep, extra) / blocks;
+    const int most = std::min(resident / 32 * 32, kMaxThreads) - 32 * p.exchange_warps;
+    const bool rereads = p.teams <= kRereadTeams && stages == 1 && can_reread(p.layout, deep);
+    p.deep = deep;
+    workers = std::min(std::max(workers, unit(p)), most) / unit(p) * unit(p);
+    if (workers <= 0 || p.unit_bits > 5) return {};  // an exchange warp has 32 lanes
+    // No more workers than as many vectors of a thread take.
+    workers =
+        ceil_div(std::max(share, 1), int64_t(ceil_div(std::max(share, 1), workers)) * unit(p)) *
+        unit(p);
+    for (; workers > 0; workers = rereads ? workers - unit(p) : 0) {
+      p.vectors_per_thread = ceil_div(share, workers);
+      p.reg_vectors = std::min(p.vectors_per_thread, register_vectors(p.layout, size, deep, extra));
+      if (stages > 1) p.reg_vectors = 0;
+      const int rest = p.vectors_per_thread - p.reg_vectors;
+      const int64_t place_bytes = int64_t(stages) * workers * kVectorBytes;
+      const int64_t left = multiprocessor_bytes / blocks - device.reserved_bytes -
+                           with_places(p, workers, 0).shared_bytes;
+      const int64_t places = std::min<int64_t>(rest, left / place_bytes);
+      if (left < 0 || places < (rereads ? std::min(rest, kRing) : rest)) continue;
+      // Vectors go to the blocks of a team in turn where those keep pace with each other; else each
+      // has its own side by side.
+      const bool in_turn = stages > 1 || deep || places < rest;
+      p.share = in_turn ? workers : p.vectors_per_thread * workers;
+      p.step = fast_divmod(in_turn ? int64_t(team) * workers : workers);
+      return with_places(p, workers, int(places));
+    }
+    return {};
+  }
+
+  // The same with blocks of a multiprocessor that start one after the other. If more blocks than are
+  // co-resident follow later, no block more may be than in turns.
+  std::optional<Plan> staggered(const std::optional<Plan>& of) const {
+    if (!of || of->cooperative || resident(*of) < 2 || of->teams <= multiprocessors) return {};
+    Plan p = *of;
+    p.multiprocessors = multiprocessors;
+    p.stagger_turns = resident(p);
+    p.stagger_cycles =
+        int(int64_t(p.vectors_per_thread) * p.workers * kVectorBytes / kBytesPerCycle);
+    if (int64_t(p.teams) * p.team.divisor > int64_t(multiprocessors) * p.stagger_turns)
       p.shared_bytes =
-          int(std::max<int64_t>(p.shared_bytes, std::min(room(2), room(turns + 1) + 16)));
-    if (blocks(p) * block_bytes / (kBytesPerCycle * device.multiprocessors) < kStaggerCycles)
-      return p;
-    p.stagger_turns = turns;
-    p.stagger_cycles = int(block_bytes / kBytesPerCycle);
+          int(std::max<int64_t>(p.shared_bytes, multiprocessor_bytes / (p.stagger_turns + 1) -
+                                                    device.reserved_bytes + 16));
     return p;
   }
 
-  // No block waits for another.
-  std::optional<Plan> eval(const Plan& group) const {
-    const int64_t bytes = x_bytes(group);
-    for (int64_t block = std::min(kEvalBytes, multiprocessor_bytes / 4); block > 0; block /= 2)
-      if (const auto p = with_rows(group, kBlockTeam, std::max(ceil_div(bytes, block), 1), 1, 0, 2,
-                                   kSmallRows))
-        return p;
-    return {};
+  // Blocks for which a multiprocessor has room.
+  int resident(const Plan& p) const {
+    return int(std::min<int64_t>(
+        {multiprocessor_bytes / (p.shared_bytes + device.reserved_bytes),
+         std::max(resident_threads(p.layout, size, p.deep, extra) / block_threads(p), 1), 32}));
   }
 
-  // The same for a team with one group: with the fewest rows of a thread, which take the least
-  // time, with which all blocks are there at once.
-  std::optional<Plan> with_small_block(const Plan& group, TeamKind kind, int64_t team) const {
-    for (int rows = 2; rows <= kMostRows; rows += 4)
-      if (const auto p = with_rows(group, kind, team, 1, 0, 2, rows))
-        if (blocks(*p) <= at_once(*p)) return p;
-    return with_rows(group, kind, team, 1, 0, 2, kSmallRows);
+  // What the plan takes, in µs. In each round, a multiprocessor moves, sums and stores a group's
+  // share in each of its blocks and waits for the teams' sums, unless other groups or blocks keep
+  // it busy.
+  double cost(const Plan& p) const {
+    const int team = p.team.divisor, blocks = ceil_div(int64_t(team) * p.teams, multiprocessors);
+    const int room = resident(p);
+    const double resident = p.cooperative ? blocks : std::min(room, blocks);
+    const double waves = double(team) * p.teams / multiprocessors / room;
+    const double rounds = p.rounds * std::max(waves, 1.);
+    double wait = kExchange;
+    if (is_nhwc(p.layout)) wait += kPartial * p.partial_lines * p.pixels * (1 << p.unit_bits) / 32;
+    if (team > 1) wait += team * (kTeamExchange / multiprocessors + kMessage * p.channels * blocks);
+    const double work = p.vectors_per_thread * (is_masked(p.layout) ? kMaskedVector : kVector) +
+                        kWarp * resident * ceil_div(p.workers, 32);
+    const double busiest = double(p.vectors) * kVectorBytes / team * blocks * p.rounds / part;
+    const int64_t run = p.channels * (is_nhwc(p.layout) ? 1 : call.HW) * kVectorBytes / size;
+    const double split = p.groups > 1 ? double(kLineBytes - std::gcd(run, kLineBytes)) / run : 0;
+    const int ring_vectors = p.vectors_per_thread - p.reg_vectors - p.smem_vectors;
+    const double kept = multiprocessor_bytes * rounds / part;  // by L2, about
+    const double again =
+        ring_vectors > 0 ? std::max(double(ring_vectors + kRing) / p.vectors_per_thread - kept, 0.)
+                         : 0;
+    const double memory = part / kBytes * (2 + kReread * again) * (1 + kSplitLine * split) *
+                          (1 + kBusiest * (busiest - 1)) / rounds;
+    const double busy = overlap(memory, work);
+    const double round =
+        overlap(busy, (busy / (p.rounds > 1 ? 1 : resident) + wait) / p.stages.divisor);
+    return kGridLaunch * p.cooperative + wait / std::sqrt(resident) + memory + work / 2 +
+           (rounds - 1 + kLastWave * (std::ceil(rounds) - rounds)) * round;
   }
 
-  // One group a block or a team, all of it on the chip, several blocks on a multiprocessor.
-  std::optional<Plan> small(const Plan& group) const {
-    const int most_cluster = device.architecture >= 90 ? kMaxCluster : 1;
-    const int64_t bytes = x_bytes(group), slots = 2 * device.multiprocessors,
-                  groups = std::max(group.groups, 1);
-    if (counts_batches()) return {};
-    // One block, where groups are small, or so many that each multiprocessor has three; without
-    // clusters, every other one.
-    const bool many =
-        most_cluster > 1 ? 2 * groups >= 3 * slots && bytes <= kBlockBytes : 4 * groups >= slots;
-    if (bytes <= kAloneBytes || many)
-      if (const auto p = with_small_block(group, kBlockTeam, 1)) return staggered(*p);
-    // All groups at once, by blocks that are all there at once, where clusters would be too few:
-    // the fewer the sooner together.
-    if (most_cluster == 1 ||
-        (group.channels == 1 && groups * most_cluster < device.multiprocessors))
-      for (const int64_t blocks : {slots / 2, slots})
-        if (const int64_t team = std::min(blocks / groups, bytes / kHiddenBytes);
-            team > 1 && team <= 64 && bytes <= team * kBlockBytes)
-          if (const auto p = with_small_block(group, kGridTeam, team)) return p;
-    // Blocks of a cluster, which are there at once too; in the largest one, as large as fits.
-    for (int cluster = 2; cluster <= most_cluster && cluster <= slots; cluster *= 2)
-      if (cluster == most_cluster ||
-          (bytes <= cluster * kBlockBytes && 4 * groups * cluster >= 3 * slots))
-        if (const auto p = with_small_block(group, kClusterTeam, cluster)) return staggered(*p);
-    return {};
+  void consider(const std::optional<Plan>& p) {
+    const double its_cost = p ? cost(*p) : INFINITY;
+    if (its_cost < best_cost) best = *p;
+    best_cost = std::min(best_cost, its_cost);
   }
 
-  // Groups come one after the other to teams of blocks that stay, several of them under way in
-  // each: as many blocks in a team as bring all groups through soonest, by what a multiprocessor
-  // moves.
-  std::optional<Plan> middle(const Plan& group,
-                             std::initializer_list<std::pair<int, int>> stages_and_lag) const {
-    std::optional<Plan> best;
-    int64_t best_cost = INT64_MAX;
-    for (const int blocks : {2, 1}) {
-      const int slots = blocks * device.multiprocessors;
-      for (const auto& [stages, lag] : stages_and_lag) {
-        for (int teams = 1; teams <= std::min(slots, std::max(group.groups, 1)); ++teams) {
-          if (teams > 1 && ceil_div(group.groups, teams) == ceil_div(group.groups, teams - 1))
-            continue;  // smaller teams for as many rounds
-          const int team = std::min(slots / teams, std::max(int(group.vectors / 256), 1));
-          const int most = group.layout == kPixels ? 384
-                           : blocks == 2           ? 256
-                                                   : 448,
-                    rows = std::max(ceil_div(ceil_div(group.vectors, team), most), 4);
-          const auto p = with_rows(group, kGridTeam, team, stages, lag, blocks, rows);
-          if (!p) continue;
-          const int64_t bytes = int64_t(p->rows) * p->threads * kVectorBytes * blocks +
-                                (stages > lag + 1 ? kHiddenBytes
-                                 : lag > 0        ? kLandingBytes
-                                                  : kExchangeBytes);
-          // Two groups on their way hide less; a block alone has its phases one after the other.
-          const int alone = blocks == 2 ? 0 : group.layout == kPixels ? -1 : 1;
-          const int64_t cost = p->rounds * bytes * (100 + 2 * (lag == 1) + alone);
-          if (cost < best_cost) {
-            best_cost = cost;
-            best = p;
-          }
-        }
+  // Blocks of a launch in which none waits for another; and teams that stay for all their groups.
+  void consider_group(const std::optional<Plan>& maybe_group) {
+    if (!maybe_group) return;
+    const Plan& group = *maybe_group;
+    const double most_warps = is_nhwc(group.layout) ? kMostPixelWarps : kMostWarps;
+    const int groups = std::max(group.groups, 1);
+    // All must have read the counter of batches before it counts: then blocks wait for each other.
+    const bool counts_batches = call.cumulative && call.num_batches_tracked;
+    if (!counts_batches)
+      for (const int vectors : {1, 2, 3, 4, 6, 8, 11, 16, 24})
+        consider(with_workers(with_team(group, false, 1, groups, 1),
+                              group.vectors / vectors + unit(group) - 1, 2));
+    for (int blocks = 1; blocks <= (is_nhwc(group.layout) ? 2 : 3); ++blocks) {
+      const int slots = blocks * multiprocessors;
+      for (int teams = std::min(slots, groups), tries = 0; teams > 0;
+           teams = ++tries < kMostTries ? teams - 1 : std::min(teams - 1, kFewTeams)) {
+        const int rounds = ceil_div(groups, teams);
+        teams = ceil_div(groups, rounds);  // the fewest, so the largest, for as many rounds
+        const int team = std::min(slots / teams, std::max(int(group.vectors / 64), 1));
+        if (team * teams <= slots - multiprocessors || (rounds == 1 && blocks == 3)) continue;
+        // Warps for which work is the least; and time that no such plan is below.
+        const double vector = is_masked(group.layout) ? kMaskedVector : kVector;
+        const double warps = std::sqrt(vector * group.vectors * blocks / (32 * kWarp * team));
+        const double memory = 2 * part / kBytes / rounds, work = 2 * kWarp * warps;
+        if (kGridLaunch + memory + (rounds - 1) * overlap(memory, work) > best_cost) continue;
+        const int workers = int(32 / blocks * std::clamp(warps, kLeastWarps, most_warps));
+        // NCHW has one group in flight where it is the only one, or read again.
+        const int least = rounds == 1 || is_nhwc(group.layout) || teams <= kRereadTeams ? 1 : 2;
+        const int most = std::min(
+            {rounds, is_nhwc(group.layout) ? 2 : kMaxStages, 32 * kMaxUnits / group.channels});
+        // A team of one block waits for no other.
+        const bool cooperative = team > 1 || counts_batches;
+        for (int stages = least; stages <= most; ++stages)
+          consider(
+              with_workers(with_team(group, cooperative, team, teams, stages), workers, blocks));
+        if (group.layout == kNchw && size > 2 && blocks == 1 && teams <= kRereadTeams)
+          consider(
+              with_workers(with_team(group, cooperative, team, teams, 1), kMaxThreads, 1, true));
       }
     }
-    return best;
   }
 
-  // One group after the other, each by all blocks; what does not fit on the chip is read again.
-  // None if a row is longer than a block has threads, or their sums do not fit.
-  std::optional<Plan> large(const Plan& group, bool many_rows) const {
-    const int team = std::min<int>(device.multiprocessors, std::max(int(group.vectors / 64), 1));
-    const Plan p = with_team(group, kGridTeam, team, 1, 0, 1);
-    const bool many = many_rows && p.layout != kPixels;
-    const int unit = grain(p), share = std::max(ceil_div(p.vectors, team), 1);
-    for (int units = std::min(ceil_div(share, unit), worker_threads(p, 1, many) / unit); units > 0;
-         --units)  // as many as there is room for
-      if (const auto fitting = with_threads(p, units * unit, 1, true, many)) return fitting;
+  // In eval mode no block waits for another. None if not even a line of the group fits.
+  std::optional<Plan> eval(const std::optional<Plan>& group) const {
+    if (!group) return {};
+    for (int64_t bytes = std::min(kEvalBytes, multiprocessor_bytes / 4); bytes > 0; bytes /= 2) {
+      const int64_t team = std::max(ceil_div(int64_t(group->vectors) * kVectorBytes, bytes), 1);
+      const Plan p = with_team(*group, false, team, group->groups, 1);
+      if (const auto q =
+              with_workers(p, ceil_div(group->vectors, team * kEvalVectors) + unit(p) - 1, 2))
+        return q;
+    }
     return {};
+  }
+
+  Plan choose() {
+    if (call.channels_last && call.C > 0) {
+      // Groups that divide C: of half a line in whole sectors, or of a line or more.
+      const int line = kLineBytes * size / kVectorBytes, vectors = ceil_div(call.C, size);
+      if (!call.training) return *eval(nhwc(call, size, line));
+      for (int v = std::min(line / 2 / size, vectors); v <= vectors && v * size <= 32 * kMaxUnits;
+           ++v)
+        if (vectors % v == 0 && (v % 2 == 0 || v * size >= line || v == vectors))
+          consider_group(nhwc(call, size, v * size));
+      for (int c = line; std::isinf(best_cost); c /= 2) consider_group(nhwc(call, size, c));
+      return best;
+    }
+    // The fewest channels whose planes are whole vectors, and more; one, but not with short lines.
+    const auto group = nchw(call, size, 1, masked);
+    const int least = int(size / std::gcd<int64_t>(call.HW, size));
+    for (int channels = least > 1 ? least : 2; channels <= kMostPacked; channels *= 2) {
+      const int64_t width = call.HW * channels / size;
+      if (size == 2 || misalignment_of(call, size) > 0 || call.C == 0 || call.C % channels > 0 ||
+          call.HW < size - 1 || width > resident_threads(kNchwPacked, size, false, extra) / 2 - 32)
+        break;
+      const auto packed = nchw(call, size, channels, false);
+      if (call.training) consider_group(packed);
+      if (const auto p = call.training || least == 1 ? std::nullopt : eval(packed)) return *p;
+    }
+    if (!call.training) return *eval(group);
+    if (!masked || group->width.divisor > 32 || std::isinf(best_cost)) consider_group(group);
+    return best;
   }
 };
 
-// `many_rows`: the type has a kernel with many rows in registers.
-Plan make_plan(const FusedBatchNormCall& call, const Device& device, int size,
-               int accumulator_bytes, bool masked, bool many_rows) {
-  const Planner planner{call, device, size, accumulator_bytes};
-  if (call.channels_last && call.C > 0) {
-    const int line = kLineBytes * size / kVectorBytes;  // channels of a line of L2
-    const Plan narrow = pixels(call, size, line);
-    if (!call.training) return *planner.eval(narrow);
-    if (x_bytes(narrow) <= kAloneBytes && !planner.counts_batches())
-      if (const auto p = planner.with_rows(narrow, kBlockTeam, 1, 1, 0, 2, kPixelRows)) return *p;
-    for (const int channels : {line, 2 * line})
-      if (const auto p = planner.middle(pixels(call, size, channels), {{2, 1}, {1, 0}})) return *p;
-    for (int channels = 2 * line;; channels /= 2)
-      if (const auto p = planner.large(pixels(call, size, channels), many_rows)) return *p;
-  }
-  const Plan group = planes(call, size, 1, masked);
-  const auto packed = packed_planes(call, size, planner.lean);
-  if (packed)
-    if (const auto p = call.training ? planner.small(*packed) : planner.eval(*packed)) return *p;
-  if (!call.training) return *planner.eval(group);
-  if (const auto p = planner.small(group)) return *p;
-  if (const auto p = planner.middle(group, {{4, 2}, {3, 1}})) return *p;
-  return *planner.large(group, many_rows);
+// Plans are kept: a net asks for the same ones again and again.
+Plan& make_plan(const FusedBatchNormCall& call, const Device& device, int size,
+                int accumulator_bytes) {
+  static thread_local std::map<std::array<int64_t, 11>, Plan> plans;
+  if (plans.size() >= kMostKept) plans.clear();
+  const auto [kept, is_new] =
+      plans.try_emplace({call.N, call.C, call.HW, call.dtype, call.training, call.channels_last,
+                         call.cumulative && call.num_batches_tracked, misalignment_of(call, size),
+                         device.multiprocessors, device.shared_bytes, device.architecture});
+  if (is_new) kept->second = Planner{call, device, size, accumulator_bytes}.choose();
+  return kept->second;
 }
 
 // -------------------------------------------------------------------------------------------------
 // Launch
 // -------------------------------------------------------------------------------------------------
-// The kernel that suits a call, and its arguments but for scratch.
-struct Launch {
-  void (*kernel)(Arguments);
-  Arguments arguments;
-};
+using Kernel = void (*)(Arguments);
 
+template <typename T, Layout kLayout, bool kDeep = false>
+constexpr Kernel kKernel = fused_batch_norm_forward_kernel<T, kLayout, kDeep>;
+
+// The kernel that suits a call, and its arguments but for scratch.
 template <typename T>
-Launch typed_launch(const FusedBatchNormCall& call, const Device& device) {
+std::pair<Kernel, Arguments> typed_launch(const FusedBatchNormCall& call, const Device& device) {
   constexpr int kSize = Vector<T>::kSize;
-  constexpr bool kDouble = sizeof(T) == 8;  // fewer kernels: masks are right for all planes
-  constexpr int kAccumulatorBytes = sizeof(Accumulator<T>);
-  const bool masked = kDouble || call.HW % kSize != 0 || shift_bytes(call) > 0;
-  const Plan plan =
-      make_plan(call, device, kSize, kAccumulatorBytes, masked, sizeof(T) == 4 || !masked);
-  const bool many =
-      plan.reg_rows > register_rows(plan.layout, kSize, false, is_lean(device.architecture));
-  auto kernel = fused_batch_norm_forward_kernel<T, kMaskedPlanes, false>;
-  if constexpr (sizeof(T) == 4)
-    if (many) kernel = fused_batch_norm_forward_kernel<T, kMaskedPlanes, true>;
-  if constexpr (!kDouble) {
-    if (plan.layout == kPackedPlanes)
-      kernel = fused_batch_norm_forward_kernel<T, kPackedPlanes, false>;
-    if (plan.layout == kPlanes)
-      kernel = many ? fused_batch_norm_forward_kernel<T, kPlanes, true>
-                    : fused_batch_norm_forward_kernel<T, kPlanes, false>;
-  }
-  if (plan.layout == kPixels) kernel = fused_batch_norm_forward_kernel<T, kPixels, false>;
-  const int shift = shift_bytes(call) / int(sizeof(T));
+  constexpr bool kFew = sizeof(T) == 8;  // float64: masked kernels alone
+  constexpr Kernel kKernels[kLayouts] = {
+      kKernel < T,
+      kFew ? kNchwMasked : kNchw >,
+      kKernel<T, kNchwMasked>,
+      kKernel < T,
+      kFew ? kNchwMasked : kNchwPacked >
+      , kKernel < T, kFew ? kNhwcMasked : kNhwc >, kKernel<T, kNhwcMasked>};
+  const Plan& p = make_plan(call, device, kSize, sizeof(Accumulator<T>));
+  const int misalignment = misalignment_of(call, kSize);
   const double count = double(call.N) * double(call.HW);
-  const Arguments a{call,
-                    plan,
-                    SharedLayout(plan, kAccumulatorBytes, kSize),
-                    static_cast<const T*>(call.x) - shift,
-                    static_cast<T*>(call.y) - shift,
-                    nullptr,
-                    shift,
-                    unsigned((call.N * call.C * call.HW + shift) / kSize),
-                    uint64_t(call.C * call.HW),
-                    int(call.HW - (int64_t(plan.width.divisor) - 2) * kSize),
-                    1 / count,
-                    1 / (count - 1)};
-  return {kernel, a};
+  const Arguments arguments = {call,
+                               p,
+                               static_cast<const T*>(call.x) - misalignment,
+                               static_cast<T*>(call.y) - misalignment,
+                               nullptr,
+                               misalignment,
+                               unsigned((call.N * call.C * call.HW + misalignment) / kSize),
+                               uint64_t(call.C * call.HW),
+                               int(call.HW - (int64_t(p.width.divisor) - 2) * kSize),
+                               1 / count,
+                               1 / (count - 1)};
+  return {p.deep ? kKernel < T, kFew ? kNchwMasked : kNchw, !kFew > : kKernels[p.layout],
+          arguments};
 }
 
-Launch make_launch(const FusedBatchNormCall& call, const Device& device) {
-  switch (call.dtype) {
-    case 0:
-      return typed_launch<float>(call, device);
-    case 1:
-      return typed_launch<__half>(call, device);
-    case 2:
-      return typed_launch<__nv_bfloat16>(call, device);
-    default:
-      return typed_launch<double>(call, device);
-  }
+std::pair<Kernel, Arguments> make_launch(const FusedBatchNormCall& call, const Device& device) {
+  constexpr decltype(&typed_launch<float>) kTypes[] = {
+      typed_launch<float>, typed_launch<__half>, typed_launch<__nv_bfloat16>, typed_launch<double>};
+  return kTypes[call.dtype](call, device);
+}
+
+cudaError_t launch(Kernel kernel, const Arguments& arguments, const Device& device, void* stream) {
+  constexpr int kUnasked = 48 * 1024;  // bytes that a block gets without being asked for
+  // Always the most that the device has: another thread may launch between this and the launch.
+  if (arguments.shared_bytes > kUnasked)
+    if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                device.shared_bytes))
+      return error;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = arguments.cooperative;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(arguments.team.divisor * arguments.teams);
+  config.blockDim = dim3(block_threads(arguments));
+  config.dynamicSmemBytes = arguments.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
 }  // namespace
@@ -1806,33 +1753,19 @@ Launch make_launch(const FusedBatchNormCall& call, const Device& device) {
 extern "C" const char* fused_batch_norm_launch(const FusedBatchNormCall* call,
                                                void* (*allocate)(size_t bytes, void* context),
                                                void* context, void* stream) {
-  const Device device;
-  if (device.error) return cudaGetErrorString(device.error);
-  auto [kernel, arguments] = make_launch(*call, device);
-  const Plan& plan = arguments.plan;
-  const size_t scratch_bytes = size_t(plan.groups) * arguments.layout.group_bytes;
-  if (scratch_bytes > 0)
-    arguments.scratch = static_cast<unsigned char*>(allocate(scratch_bytes, context));
-  constexpr int kUnasked = 48 * 1024;  // bytes that a block gets without being asked for
-  cudaError_t error = cudaSuccess;
-  if (plan.shared_bytes > kUnasked)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 plan.shared_bytes);
-  if (error) return cudaGetErrorString(error);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeCooperative;
-  attributes[0].val.cooperative = plan.team_kind == kGridTeam;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = plan.team.divisor;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(plan.team.divisor * plan.teams);
-  config.blockDim = dim3(block_threads(plan));
-  config.dynamicSmemBytes = plan.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  config.numAttrs = plan.team_kind == kClusterTeam ? 2 : 1;
-  error = cudaLaunchKernelEx(&config, kernel, arguments);
+  Device device;
+  cudaError_t error = device.error;
+  bool again = !error;
+  while (again) {
+    auto [kernel, arguments] = make_launch(*call, device);
+    if (const size_t bytes = size_t(arguments.groups) * arguments.group_bytes)
+      arguments.scratch = static_cast<unsigned char*>(allocate(bytes, context));
+    error = launch(kernel, arguments, device, stream);
+    // There are fewer multiprocessors than the device says (a green context, MPS): planned again.
+    again = error == cudaErrorCooperativeLaunchTooLarge && device.multiprocessors > 1;
+    device.multiprocessors -= ceil_div(device.multiprocessors, 8);
+    if (error) cudaGetLastError();  // or a later call of someone else would raise it
+  }
   return error ? cudaGetErrorString(error) : nullptr;
 }
 
@@ -1840,7 +1773,7 @@ extern "C" const char* fused_batch_norm_plan(const FusedBatchNormCall* call, int
                                              size_t bytes) {
   const Device device;
   if (device.error) return cudaGetErrorString(device.error);
-  const Plan plan = make_launch(*call, device).arguments.plan;
+  const Plan plan = make_launch(*call, device).second;
   memcpy(words, &plan, std::min(bytes, sizeof plan));
   return nullptr;
 }

@@ -100,3 +100,20 @@ def fields_of_plan(cuda: str) -> list[tuple[str, int, str]]:
             fields.append((name, place, why))
             place += 3 if type_ == "FastDivmod" else 1  # the divisor, and what replaces it
     return fields
+
+
+def any_plan_text(text: str) -> str:
+    """Whose planner takes some plan that fits instead of the fastest: another for each seed, which
+    is added to the plan's own numbers. Tests set it by the operator's library: see plan_seed."""
+    cost = "double cost(const Plan& p) const {\n"
+    drawn = """
+    uint64_t hash = fused_batch_norm_plan_seed;
+    const auto* const words = reinterpret_cast<const unsigned*>(&p);
+    for (size_t i = 0; i < sizeof p / 4; ++i) hash = (hash ^ words[i]) * 0x9e3779b97f4a7c15 >> 5;
+    return 1e9 + double(hash % 1000003);
+"""
+    assert text.count(cost) == 1 and text.count("if (is_new) kept") == 1
+    text = text.replace(cost, cost + drawn).replace("if (is_new) kept", "kept")
+    declared = 'extern "C" unsigned fused_batch_norm_plan_seed;\nunsigned fused_batch_norm_plan_seed;\n'
+    head = 'FUSED_BATCH_NORM_CUDA = r"""\n'
+    return renamed(text.replace(head, head + declared), "any_plan")

@@ -3,24 +3,18 @@
 import check
 from check import Case
 
-LAYOUTS = ("planes", "masked planes", "packed planes", "pixels")
-TEAMS = ("block", "cluster", "grid")
+LAYOUTS = ("NCHW", "NCHW masked", "NCHW packed", "NHWC", "NHWC masked")
+TEAMS = ("blocks", "grid")
 # The table and some hundred random cases must take each of these: see branches().
 BRANCHES = (
-    *(f"{layout}, training, {team}" for layout in LAYOUTS for team in ("block", "grid")),
-    *(f"{layout}, training, cluster" for layout in LAYOUTS[:3]),
+    *(f"{layout}, training, {team}" for layout in LAYOUTS for team in TEAMS),
     *(f"{layout}, eval, {blocks}" for layout in LAYOUTS for blocks in ("one block", "several")),
-    *(f"{layout}, {stages} stages" for layout in LAYOUTS[:2] for stages in (3, 4)),
-    *(f"{layout}, read again" for layout in (*LAYOUTS[:2], LAYOUTS[3])),
-    *(
-        f"{layout}, rounds {size}"
-        for layout in LAYOUTS
-        for size in ("1", "more")
-        if layout != "packed planes"
-    ),
-    *("planes, many rows in registers", "masked planes, many rows in registers"),
-    *(f"stagger {size}" for size in ("0", "more")),
-    *(f"pixels, {what}" for what in ("whole vectors", "pixel behind pixel", "parts of pixels")),
+    *(f"{layout}, {stages} stages" for layout in LAYOUTS for stages in (1, 2)),
+    *(f"{layout}, 3 stages" for layout in LAYOUTS[:3]),
+    *(f"{layout}, read again" for layout in LAYOUTS if layout != "NCHW packed"),
+    *(f"{layout}, rounds {size}" for layout in LAYOUTS for size in ("1", "more")),
+    "NCHW, many vectors in registers",
+    *(f"NHWC masked, {what}" for what in ("one pixel", "pixel behind pixel", "parts of pixels")),
     *(
         f"layout {layout}"
         for layout in ("contiguous", "channels_last", "channels_last_slice", "unaligned", "strided")
@@ -59,27 +53,20 @@ def branches(target: check.Target, case: Case) -> set[str]:
         return taken
     plan = plan_of(target, case)
     layout = LAYOUTS[plan["layout"]]
-    if not aligned and layout != "masked planes":  # then the plan for an aligned x is another
+    if not aligned and not layout.endswith("masked"):  # then the plan for an aligned x is another
         return taken
     if not training:
         taken.add(f"{layout}, eval, {'one block' if plan['team'] == 1 else 'several'}")
         return taken
-    taken.add(f"{layout}, training, {TEAMS[plan['team_kind']]}")
+    taken.add(f"{layout}, training, {TEAMS[plan['cooperative']]}")
     taken.add(f"{layout}, rounds {'1' if plan['rounds'] == 1 else 'more'}")
     taken.add(f"{layout}, {plan['stages']} stages")
-    taken.add(f"stagger {'more' if plan['stagger_turns'] else 0}")
-    if plan["rows"] > plan["reg_rows"] + plan["smem_rows"]:
+    if plan["vectors_per_thread"] > plan["reg_vectors"] + plan["smem_vectors"]:
         taken.add(f"{layout}, read again")
-    if plan["reg_rows"] > 3:
-        taken.add(f"{layout}, many rows in registers")
-    if layout == "pixels":
-        whole = plan["pixels"] == 1
-        parts = plan["pixel"] < plan["width"]
-        kind = "whole vectors" if whole else "parts of pixels" if parts else "pixel behind pixel"
-        taken.add(f"pixels, {kind}")
+    if plan["deep"]:
+        taken.add(f"{layout}, many vectors in registers")
+    if layout == "NHWC masked":
+        whole, parts = plan["pixels"] == 1, plan["segment"] < plan["width"]
+        kind = "one pixel" if whole else "parts of pixels" if parts else "pixel behind pixel"
+        taken.add(f"NHWC masked, {kind}")
     return taken
-
-
-def is_for_sm_80(target: check.Target, case: Case) -> bool:
-    """The plan for the case has no clusters."""
-    return plan_of(target, case)["team_kind"] != TEAMS.index("cluster")

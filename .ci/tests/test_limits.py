@@ -86,7 +86,6 @@ WIDE = {
 }
 
 
-@pytest.mark.xfail(not GPU, strict=True, reason="the planner takes groups of 2^31 vectors")
 @pytest.mark.parametrize("wide", WIDE.values(), ids=WIDE)
 def test_groups_are_only_as_wide_as_can_be_numbered(target, wide):
     assert 0 < plan_of(target, *wide)["vectors"] < 2**31

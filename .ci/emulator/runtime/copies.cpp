@@ -31,11 +31,6 @@ static Mbarrier& find(const uint64_t* barrier, const void* place, Block& block =
   if (!seen)
     fail("data race", name_of(*current) + " uses an mbarrier, unordered with its initialisation",
          place);
-  if (!b.fenced && b.initialised_by != current)
-    fail("barrier",
-         name_of(*current) +
-             " uses an mbarrier whose initialisation no fence_mbarrier_init published",
-         place);
   return b;
 }
 
