@@ -1454,7 +1454,7 @@ struct Planner {
     p.cooperative = cooperative;
     p.team = fast_divmod(team);
     p.teams = std::max(teams, 1);
-    p.rounds = ceil_div(p.groups, p.teams);
+    p.rounds = ceil_div(std::max(p.groups, 1), p.teams);
     p.stages = fast_divmod(stages);
     const int least = std::max(kUnitChannels, ceil_div(p.channels * stages, kMaxUnits));
     while (1 << p.unit_bits < std::min(p.channels, least)) ++p.unit_bits;
@@ -1475,7 +1475,8 @@ struct Planner {
     const bool by_warp = unit(p) == 32;
     p.partial_lines = ceil_div(workers, by_warp ? 32 : p.width.divisor);
     // Not a multiple of the banks, so that lanes that add different elements find them in others.
-    p.partial_stride = (p.partial_lines * p.width.divisor + 15) / 16 * 16 + 2;
+    if (is_nhwc(p.layout))
+      p.partial_stride = (p.partial_lines * p.width.divisor + 15) / 16 * 16 + 2;
     p.partials = is_nhwc(p.layout)         ? size * p.partial_stride
                  : p.layout == kNchwPacked ? 2 * p.partial_lines * p.width.divisor
                                            : p.partial_lines;

@@ -114,6 +114,8 @@ def any_plan_text(text: str) -> str:
 """
     assert text.count(cost) == 1 and text.count("if (is_new) kept") == 1
     text = text.replace(cost, cost + drawn).replace("if (is_new) kept", "kept")
-    declared = 'extern "C" unsigned fused_batch_norm_plan_seed;\nunsigned fused_batch_norm_plan_seed;\n'
+    declared = (
+        'extern "C" unsigned fused_batch_norm_plan_seed;\nunsigned fused_batch_norm_plan_seed;\n'
+    )
     head = 'FUSED_BATCH_NORM_CUDA = r"""\n'
     return renamed(text.replace(head, head + declared), "any_plan")

@@ -200,6 +200,17 @@ def test_refused_launch(target, text):
     assert_unchanged(model, before)
 
 
+@pytest.mark.emulated
+def test_a_refused_launch_that_leaves_its_error_is_seen(target, text):
+    """Else the test above would know nothing without a GPU."""
+    broken = text.replace("dim3(block_threads(arguments))", "dim3(2048)")
+    broken, found = re.subn(r"\n.*cudaGetLastError\(\);.*", "", broken)
+    assert found == 1
+    names = target.emulator.load(broken)
+    with pytest.raises(RuntimeError, match="leaves its error"):
+        names["ModelNew"](4)(random_x(target, 2, 4, 3, 5))
+
+
 # Cooperative launches on any device: few channels, large ones.
 COOPERATIVE = {
     "cumulative average": Case(

@@ -124,11 +124,18 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+// What a host function returns: kept until cudaGetLastError asks for it.
+inline cudaError_t kept(int error) {
+  if (error) emulator::last_error = error;
+  return cudaError_t(error);
+}
+inline cudaError_t cudaGetLastError() {
+  return cudaError_t(std::exchange(emulator::last_error, cudaSuccess));
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  return cudaError_t(emulator::attribute(which, value));
+  return kept(emulator::attribute(which, value));
 }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
@@ -151,7 +158,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
-  return cudaError_t(emulator::set_shared_limit(reinterpret_cast<const void*>(kernel), value));
+  return kept(emulator::set_shared_limit(reinterpret_cast<const void*>(kernel), value));
 }
 
 // The kernel's parameters are copied for each thread, as each GPU thread has its own.
@@ -172,18 +179,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                           1,
                           reinterpret_cast<const void*>(kernel)};
   if (config->gridDim.y * config->gridDim.z * config->blockDim.y * config->blockDim.z != 1)
-    return cudaErrorNotSupported;
+    return kept(cudaErrorNotSupported);
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
     if (attribute.id == cudaLaunchAttributeCooperative) {
       launch.cooperative = attribute.val.cooperative;
     } else if (attribute.id == cudaLaunchAttributeClusterDimension) {
       if (attribute.val.clusterDim.y != 1 || attribute.val.clusterDim.z != 1)
-        return cudaErrorNotSupported;
+        return kept(cudaErrorNotSupported);
       launch.cluster = attribute.val.clusterDim.x;
     } else {
-      return cudaErrorNotSupported;
+      return kept(cudaErrorNotSupported);
     }
   }
-  return cudaError_t(emulator::launch(launch, run, &call, sizeof call));
+  return kept(emulator::launch(launch, run, &call, sizeof call));
 }

@@ -18,6 +18,8 @@ struct dim3 {
 
 namespace emulator {
 
+inline thread_local int last_error = 0;  // of a refused call, until somebody asks for it
+
 __attribute__((const)) unsigned char* shared_memory();  // the block's dynamic shared memory
 __attribute__((const)) unsigned lane();
 
