@@ -1477,7 +1477,8 @@ struct Planner {
     // Not a multiple of the banks, so that lanes that add different elements find them in others.
     if (is_nhwc(p.layout))
       p.partial_stride = (p.partial_lines * p.width.divisor + 15) / 16 * 16 + 2;
-    p.partials = is_nhwc(p.layout)         ? size * p.partial_stride
+    p.partials = !call.training            ? 0
+                 : is_nhwc(p.layout)       ? size * p.partial_stride
                  : p.layout == kNchwPacked ? 2 * p.partial_lines * p.width.divisor
                                            : p.partial_lines;
     p.channel_stride = ceil_div(p.channels, 4) * 4;
@@ -1513,7 +1514,8 @@ struct Planner {
       if (stages > 1) p.reg_vectors = 0;
       const int rest = p.vectors_per_thread - p.reg_vectors;
       const int64_t place_bytes = int64_t(stages) * workers * kVectorBytes;
-      const int64_t left = multiprocessor_bytes / blocks - device.reserved_bytes -
+      // A block gets whole pieces of 256 bytes, 128 from sm_80 on.
+      const int64_t left = multiprocessor_bytes / blocks / 256 * 256 - device.reserved_bytes -
                            with_places(p, workers, 0).shared_bytes;
       const int64_t places = std::min<int64_t>(rest, left / place_bytes);
       if (left < 0 || places < (rereads ? std::min(rest, kRing) : rest)) continue;

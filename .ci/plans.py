@@ -137,16 +137,12 @@ def show(target, xs: list[Row]) -> int:
     """--plan: how each x is launched, and what else was considered; on a GPU, both measured."""
     cuda_text = target.names["FUSED_BATCH_NORM_CUDA"]
     reasons = {name: why for name, _, why in fields_of_plan(cuda_text)}
-    variant = Plans(target) if "fused_batch_norm_considered" in cuda_text else None
+    variant = Plans(target)
     for x in dict.fromkeys(xs):
-        plans = variant.considered(x) if variant else []
-        chosen = plans[0].fields if plans else None
-        chosen = chosen or target.plan(x.shape, x.dtype, channels_last=x.channels_last)
+        plans = variant.considered(x)
         print(f"plan of {x}; bytes needed, x read and y written once each: {2 * x.nbytes:,}")
-        for key, value in chosen.items():
+        for key, value in plans[0].fields.items():
             print(f"  {key:20} {value:<16,} {reasons[key]}".rstrip())
-        if not plans:
-            continue
         near = plans[:SHOWN]
         print(f"the chosen plan, then those of least predicted µs; {len(plans)} were considered")
         timed = target.cuda

@@ -34,7 +34,7 @@ def renamed(text: str, suffix: str) -> str:
 
 
 def sm_80_text(text: str) -> str:
-    """What GPUs without clusters run: compiled as far as PTX of compute capability 8.0 only."""
+    """What GPUs before sm_90 execute: compiled as far as PTX of compute capability 8.0 only."""
     option = '["-gencode=arch=compute_80,code=compute_80"]'
     text, found = re.subn(r'\[f"-gencode=.*?\]', option, text)
     assert found == 1, f"model_new.py chooses its architecture in {found} places, expected 1"
@@ -70,11 +70,9 @@ extern "C" void fused_batch_norm_take(int i) { taken = i; }
 def considering(text: str) -> str:
     """The same with a memory of all plans that Planner::consider gets, each of which can be taken.
 
-    It needs to know three names, Planner::consider, Planner::cost and make_plan, and leaves a text
-    without them as it is. Plans up to twice the best's cost are kept, where a bound prunes.
+    It needs to know three names, Planner::consider, Planner::cost and make_plan. Plans up to twice
+    the best's cost are kept, where a bound prunes.
     """
-    if "void consider(" not in text:
-        return text
     for pattern, replacement in (
         (r'^(FUSED_BATCH_NORM_CUDA = r""")$', r"\1\n#include <vector>"),
         (r"^struct Planner \{$", CONSIDERED + r"\g<0>"),

@@ -203,6 +203,18 @@ def load(text, *, build_dir=None):
     return namespace
 
 
+def load_host(source, *, build_dir=None):
+    """The library of a C++ source that includes what CUDA texts do; compiled without detectors."""
+    directory = pathlib.Path(build_dir or HERE / "build")
+    directory.mkdir(parents=True, exist_ok=True)
+    _start_runtime(directory)
+    flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{HERE / 'include'}"]
+    key = (source, flags, _own_files())
+    text = directory / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}-host.cpp"
+    command = lambda target: [_compiler(), *flags, text, "-o", target]
+    return ctypes.CDLL(str(_make(directory, "host.so", key, command, source)))
+
+
 def set_device(multiprocessors=3, shared_bytes=16 * 1024, capability=(9, 0), granted=None):
     """The pretended device. shared_bytes: of one block, up to 256 KB; an SM has 1 KB more.
 
