@@ -184,7 +184,7 @@ def load(text, *, build_dir=None):
     ]
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in pretended]
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    namespace = {"__name__": "model_new"}
+    namespace = {}
     try:
         for owner, name, value in pretended:
             setattr(owner, name, value)

@@ -4,6 +4,7 @@ import fcntl
 import timeit
 import zlib
 from collections import Counter
+from dataclasses import replace
 
 import cases
 import plan
@@ -15,6 +16,17 @@ import check
 GPU = cases.present()
 DEVICES = [GPU] if GPU else cases.DEVICES
 LARGE_BYTES = 4 << 30
+
+
+def test_no_case_of_the_table_is_there_twice():
+    """Under another name, or as the same small form of another shape."""
+    forms = [case if GPU else cases.small_case(case) for case in cases.CASES]
+    names = Counter(case.name for case in cases.CASES)
+    same = Counter(replace(form, name="", small=None) for form in forms if form)
+    assert max(names.values()) == max(same.values()) == 1, (
+        names.most_common(4),
+        same.most_common(4),
+    )
 
 
 def parameters():
