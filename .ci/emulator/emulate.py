@@ -200,10 +200,15 @@ def load(text, *, build_dir=None):
     return namespace
 
 
-def set_device(multiprocessors=3, shared_bytes=16 * 1024, capability=(9, 0)):
-    """The pretended device. shared_bytes: of one block, up to 256 KB; an SM has 1 KB more."""
+def set_device(multiprocessors=3, shared_bytes=16 * 1024, capability=(9, 0), usable=None):
+    """The pretended device. shared_bytes: of one block, up to 256 KB; an SM has 1 KB more.
+
+    usable: multiprocessors that launches get, if fewer than the device says that it has.
+    """
     major, minor = capability
-    _runtime.emulator_set_device(multiprocessors, shared_bytes, 10 * major + minor)
+    _runtime.emulator_set_device(
+        multiprocessors, shared_bytes, 10 * major + minor, usable or multiprocessors
+    )
 
 
 def set_schedule(seed, policy=None):
