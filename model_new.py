@@ -8,20 +8,20 @@ team of blocks keeps a group of channels on the chip from the sums to the store.
     worker warps                                        exchange warps
       load the first groups
       for each group i of this team:                      for each group i:
-        sum group i + lag ── partial sums, "summed" ──────► wait for the block's sums of i
-                                                            the team's: nothing | messages in a
-                                                            cluster | slots in memory
+        sum group i + stages − 1 ── sums, "summed" ───────► wait for the block's sums of i
+                                                            and, of a larger team, for the others'
         wait for the result of i ◄───────── "ready" ─────── mean, inv_std, result
         store group i, and refill each of its               running buffers
         places with group i + stages                        pivots of a group to come
 
-Each thread owns vectors of its block's share, in places of its own: the first rows in registers,
-the next in shared memory. Where there are more, the last ones go through a ring of places, and are
-read again for the store. Places are private, so no barrier guards them. Where one group alone is
-under way, L2 is asked for part of the next before the exchange.
-A group is one channel; or the few whose odd planes are whole vectors together; or, channels-last,
-neighbouring channels, each element of a vector another one. make_plan() in the CUDA text chooses
-the group, the team, and how many rows and groups under way a block has, from shape and device.
+Each thread owns vectors of its block's share, in places of its own: the first ones in
+registers, the next in shared memory. Where there are more, the last ones go through a ring of
+places, and are read again for the store. Places are private, so no barrier guards them. Where one
+group alone is under way, L2 is asked for part of the next before the exchange.
+A group is one channel; or several whose planes are whole vectors together; or, channels-last,
+neighbouring channels, each element of a vector another one. A team is one block, or the blocks of a
+cooperative launch that wait for each other's sums. The planner in the CUDA text predicts what
+groups, teams and groups under way would take on this device, and takes the least.
 """
 
 import contextlib

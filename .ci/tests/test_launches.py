@@ -207,7 +207,7 @@ def test_a_refused_launch_that_leaves_its_error_is_seen(target, text):
     broken, found = re.subn(r"\n.*cudaGetLastError\(\);.*", "", broken)
     assert found == 1
     names = target.emulator.load(broken)
-    with pytest.raises(RuntimeError, match="leaves its error"):
+    with pytest.raises(RuntimeError, match="host: the launch leaves an error"):
         names["ModelNew"](4)(random_x(target, 2, 4, 3, 5))
 
 
@@ -224,7 +224,7 @@ COOPERATIVE = {
 @pytest.mark.emulated
 @pytest.mark.parametrize("case", COOPERATIVE.values(), ids=COOPERATIVE)
 def test_on_one_of_seven_multiprocessors(target, case):
-    target.emulator.set_device(7, 32 << 10, (8, 0), granted=1)
+    target.emulator.set_device(7, 32 << 10, (8, 0), usable=1)
     cases.check_alone(target, cases.small_case(case), seed=1)
 
 

@@ -68,7 +68,7 @@ __forceinline__ void atomicAdd(unsigned long long* to, unsigned long long value)
 }
 
 __forceinline__ void __syncthreads() { emulator::sync_block(); }
-__forceinline__ void __syncwarp(unsigned mask = ~0u) { emulator::sync_warp(mask); }
+__forceinline__ void __syncwarp() { emulator::sync_warp(); }
 
 template <typename T>
 __forceinline__ T __shfl_xor_sync(unsigned mask, T value, int bits) {
@@ -90,7 +90,6 @@ enum cudaError {
   cudaErrorLaunchFailure = 719,
   cudaErrorCooperativeLaunchTooLarge = 720,
   cudaErrorNotSupported = 801,
-  cudaErrorInvalidClusterSize = 912,
 };
 typedef cudaError cudaError_t;
 enum cudaDeviceAttr {
@@ -102,15 +101,9 @@ enum cudaDeviceAttr {
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
-enum cudaLaunchAttributeID {
-  cudaLaunchAttributeCooperative = 2,
-  cudaLaunchAttributeClusterDimension = 4,
-};
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
 union cudaLaunchAttributeValue {
   int cooperative;
-  struct {
-    unsigned x, y, z;
-  } clusterDim;
 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -124,18 +117,11 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-// What a host function returns: kept until cudaGetLastError asks for it.
-inline cudaError_t kept(int error) {
-  if (error) emulator::last_error = error;
-  return cudaError_t(error);
-}
-inline cudaError_t cudaGetLastError() {
-  return cudaError_t(std::exchange(emulator::last_error, cudaSuccess));
-}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  return kept(emulator::attribute(which, value));
+  return cudaError_t(emulator::keep_error(emulator::attribute(which, value)));
 }
+inline cudaError_t cudaGetLastError() { return cudaError_t(emulator::take_error()); }
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
@@ -150,15 +136,14 @@ inline const char* cudaGetErrorString(cudaError_t error) {
       return "too many blocks in cooperative launch";
     case cudaErrorNotSupported:
       return "operation not supported";
-    case cudaErrorInvalidClusterSize:
-      return "cluster misconfiguration";
   }
   return "unrecognized error code";
 }
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
-  return kept(emulator::set_shared_limit(reinterpret_cast<const void*>(kernel), value));
+  return cudaError_t(emulator::keep_error(
+      emulator::set_shared_limit(reinterpret_cast<const void*>(kernel), value)));
 }
 
 // The kernel's parameters are copied for each thread, as each GPU thread has its own.
@@ -172,25 +157,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const auto run = [](const void* call) {
     std::apply(static_cast<const Call*>(call)->kernel, static_cast<const Call*>(call)->arguments);
   };
-  emulator::Launch launch{config->gridDim.x,
-                          config->blockDim.x,
-                          config->dynamicSmemBytes,
-                          false,
-                          1,
+  emulator::Launch launch{config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, false,
                           reinterpret_cast<const void*>(kernel)};
-  if (config->gridDim.y * config->gridDim.z * config->blockDim.y * config->blockDim.z != 1)
-    return kept(cudaErrorNotSupported);
+  bool supported =
+      config->gridDim.y * config->gridDim.z * config->blockDim.y * config->blockDim.z == 1;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
-    if (attribute.id == cudaLaunchAttributeCooperative) {
-      launch.cooperative = attribute.val.cooperative;
-    } else if (attribute.id == cudaLaunchAttributeClusterDimension) {
-      if (attribute.val.clusterDim.y != 1 || attribute.val.clusterDim.z != 1)
-        return kept(cudaErrorNotSupported);
-      launch.cluster = attribute.val.clusterDim.x;
-    } else {
-      return kept(cudaErrorNotSupported);
-    }
+    supported = supported && attribute.id == cudaLaunchAttributeCooperative;
+    launch.cooperative = attribute.val.cooperative;
   }
-  return kept(emulator::launch(launch, run, &call, sizeof call));
+  return cudaError_t(emulator::keep_error(
+      supported ? emulator::launch(launch, run, &call, sizeof call) : cudaErrorNotSupported));
 }

@@ -2,12 +2,8 @@
 // Mbarrier and SumSlot, stand in the text, which includes this file instead of its own.
 #pragma once
 
-using emulator::barrier_cluster_arrive;
-using emulator::barrier_cluster_wait;
 using emulator::cp_async_commit_group;
-using emulator::fence_mbarrier_init;
 using emulator::mbarrier_arrive;
-using emulator::mbarrier_arrive_expect_tx;
 using emulator::mbarrier_init;
 using emulator::mbarrier_wait;
 using emulator::nanosleep;
@@ -23,10 +19,6 @@ __forceinline__ void prefetch_global_L2(const void* global) {
 template <int kPending>
 __forceinline__ void cp_async_wait_group() {
   emulator::cp_async_wait_group(kPending);
-}
-template <typename A>
-__forceinline__ void st_async(SumSlot<A>* shared, int rank, SumSlot<A> slot, Mbarrier* b) {
-  emulator::send_to_peer(shared, unsigned(rank), &slot, sizeof slot, b);
 }
 template <typename V>
 __forceinline__ V ld_relaxed(const V* address) {

@@ -18,34 +18,23 @@ struct dim3 {
 
 namespace emulator {
 
-inline thread_local int last_error = 0;  // of a refused call, until somebody asks for it
-
 __attribute__((const)) unsigned char* shared_memory();  // the block's dynamic shared memory
 __attribute__((const)) unsigned lane();
 
-// Barriers of the block, of the grid and the cluster (in two steps), and of the lanes in `mask`.
-// All order memory but the cluster's, which only tells that its blocks run.
+// Barriers of the warp, of the block, and of the grid (in two steps). All order memory.
+void sync_warp();
 void sync_block();
 void grid_arrive();
 void grid_wait();
-void barrier_cluster_arrive();
-void barrier_cluster_wait();
-void sync_warp(unsigned mask);
 
 // Values between the lanes in `mask`; these do not order memory. Lane i gets the value of lane
 // `from`.
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane);
 
-// mbarriers in shared memory, and messages between the blocks of a cluster, which count on them.
+// mbarriers in shared memory.
 void mbarrier_init(uint64_t* barrier, unsigned arrivals);
-void fence_mbarrier_init();
 void mbarrier_arrive(uint64_t* barrier);
-void mbarrier_arrive_expect_tx(uint64_t* barrier, unsigned bytes);
 void mbarrier_wait(uint64_t* barrier, unsigned parity);
-// `bytes` (8 or 16) to where block `rank` of the cluster has what this block has at `shared`,
-// counted on its `barrier`.
-void send_to_peer(void* shared, unsigned rank, const void* value, unsigned bytes,
-                  uint64_t* barrier);
 
 // Asynchronous copies, which their thread waits for.
 void cp_async_16(void* shared, const void* global);
@@ -64,7 +53,6 @@ struct Launch {
   unsigned blocks, threads;
   size_t shared_bytes;
   bool cooperative;
-  unsigned cluster;  // blocks of one
   const void* kernel;
 };
 int launch(const Launch& launch, void (*body)(const void* arguments), const void* arguments,
@@ -72,5 +60,7 @@ int launch(const Launch& launch, void (*body)(const void* arguments), const void
 int attribute(int which, int* value);
 int set_shared_limit(const void* kernel, int bytes);
 int capability();
+int keep_error(int error);  // as the last one, unless it is 0; returns it
+int take_error();           // the last one, which is then none
 
 }  // namespace emulator

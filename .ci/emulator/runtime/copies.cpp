@@ -1,10 +1,6 @@
-// mbarriers, messages between the blocks of a cluster, which count on them, and copies that their
-// thread waits for.
-//
-// Both land as late as the rules allow: their bytes turn to poison when they are issued. A copy's
-// arrive when its thread has waited for it, a message's when the schedule says so, at the latest
-// when no thread can go on without them. Who touches them before a wait has told it that they are
-// there races with the copy or the message.
+// mbarriers, and copies that their thread waits for. A copy lands as late as the rules allow: its
+// bytes turn to poison when it is issued, and arrive when its thread has waited for it. Who touches
+// them before races with the copy.
 #include <algorithm>
 #include <cstring>
 
@@ -20,22 +16,19 @@ static uint32_t offset_of(const void* shared, size_t bytes, const char* what, co
   return uint32_t(offset);
 }
 
-// This block's, or the one at the same place in a peer.
-static Mbarrier& find(const uint64_t* barrier, const void* place, Block& block = *current->block) {
-  const auto found = block.barriers.find(offset_of(barrier, 8, "an mbarrier", place));
-  if (found == block.barriers.end())
+static Mbarrier& find(const uint64_t* barrier, const void* place) {
+  auto& barriers = current->block->barriers;
+  const auto found = barriers.find(offset_of(barrier, 8, "an mbarrier", place));
+  if (found == barriers.end())
     fail("barrier", name_of(*current) + " uses an mbarrier that nobody has initialised", place);
-  Mbarrier& b = found->second;
-  const bool seen = &block == current->block ? has_seen(*current, b.initialised)
-                                             : barriers_known(*current, kCluster) >= b.shown;
-  if (!seen)
+  if (!has_seen(*current, found->second.initialised))
     fail("data race", name_of(*current) + " uses an mbarrier, unordered with its initialisation",
          place);
-  return b;
+  return found->second;
 }
 
 void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
-  const void* place = walk(__builtin_return_address(0));
+  const void* place = __builtin_return_address(0);
   Block& block = *current->block;
   const uint32_t offset = offset_of(barrier, 8, "an mbarrier", place);
   require_aligned(barrier, 8, Access::kWrite, place);
@@ -44,7 +37,6 @@ void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
     fail("barrier", "an mbarrier counts 1 to 2^20 - 1 arrivals", place);
   Mbarrier b{};
   b.arrivals = b.pending = arrivals;
-  b.initialised_by = current;
   b.initialised = now(*current, false);
   b.gathering.at.resize(current->clock.at.size());
   b.completed.at.resize(current->clock.at.size());
@@ -53,20 +45,15 @@ void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
   block.barriers_end = std::max(block.barriers_end, offset + 8);
 }
 
-void fence_mbarrier_init() {
-  for (auto& [offset, b] : current->block->barriers) {
-    if (b.fenced || b.initialised_by != current) continue;
-    b.fenced = true;
-    b.shown = current->arrivals[kCluster] + 1;
-  }
-}
-
-static void complete_if_due(Mbarrier& b) {
-  if (b.pending != 0 || b.bytes != 0) return;
-  if (b.messages != 0)
-    fail("barrier",
-         "an mbarrier's phase ends while messages are in flight: it expects too few bytes",
-         nullptr);
+void mbarrier_arrive(uint64_t* barrier) {
+  const void* place = __builtin_return_address(0);
+  preempt();
+  Mbarrier& b = find(barrier, place);
+  release(b.gathering);
+  machine.naps_since_event = 0;
+  if (b.pending == 0)
+    fail("barrier", "more arrivals in one phase of an mbarrier than it was initialised for", place);
+  if (--b.pending > 0) return;
   b.completed.join(b.gathering);
   b.pending = b.arrivals;
   ++b.phase;
@@ -74,29 +61,8 @@ static void complete_if_due(Mbarrier& b) {
   b.waiting.clear();
 }
 
-static void arrive(uint64_t* barrier, unsigned expected_bytes, const void* place) {
-  preempt();
-  Mbarrier& b = find(barrier, place);
-  release(b.gathering);
-  b.bytes += expected_bytes;
-  if (b.bytes >= 1 << 20) fail("barrier", "an mbarrier expects 2^20 bytes or more", place);
-  machine.naps_since_event = 0;
-  if (b.pending == 0)
-    fail("barrier", "more arrivals in one phase of an mbarrier than it was initialised for", place);
-  --b.pending;
-  complete_if_due(b);
-}
-
-void mbarrier_arrive(uint64_t* barrier) { arrive(barrier, 0, walk(__builtin_return_address(0))); }
-
-void mbarrier_arrive_expect_tx(uint64_t* barrier, unsigned bytes) {
-  const void* place = walk(__builtin_return_address(0));
-  require_clusters(place);
-  arrive(barrier, bytes, place);
-}
-
 void mbarrier_wait(uint64_t* barrier, unsigned parity) {
-  const void* place = walk(__builtin_return_address(0));
+  const void* place = __builtin_return_address(0);
   preempt();
   Mbarrier& b = find(barrier, place);
   if (parity > 1) fail("barrier", "a parity is 0 or 1", place);
@@ -111,41 +77,8 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity) {
   acquire(b.completed);
 }
 
-// The messages of one phase of an mbarrier are steps of a participant of their own.
-static Epoch message_epoch(Block& block, Mbarrier& b, const void* place) {
-  if (b.agent < 0) {
-    if (block.agents == kAgents)
-      fail("limit", "more mbarriers with messages than the emulator has clocks for", place);
-    b.agent = int(machine.launch.threads + block.agents++);
-  }
-  return epoch(block, b.agent, Time(b.phase + 1), false);
-}
-
-void send_to_peer(void* shared, unsigned rank, const void* value, unsigned bytes,
-                  uint64_t* barrier) {
-  const void* place = walk(__builtin_return_address(0));
-  preempt();
-  require_clusters(place);
-  if (rank >= machine.launch.cluster)
-    fail("cluster",
-         name_of(*current) + " sends to block " + std::to_string(int(rank)) + " of a cluster of " +
-             std::to_string(machine.launch.cluster),
-         place);
-  const uint32_t offset = offset_of(shared, bytes, "a message", place);
-  require_aligned(shared, bytes, Access::kWrite, place);
-  unsigned char* const to =
-      shared_of(current->block->slot - current->block->rank() + rank) + offset;
-  Block& peer = visit(rank, uintptr_t(to), Access::kWrite, place);
-  Mbarrier& b = find(barrier, place, peer);
-  access(to, bytes, Access::kWrite, false, message_epoch(peer, b, place), place);
-  poison(to, bytes);
-  ++b.messages;
-  machine.messages.push_back({&peer, offset_of(barrier, 8, "", place), to, bytes, {}});
-  memcpy(machine.messages.back().value, value, bytes);
-}
-
 void cp_async_16(void* shared, const void* global) {
-  const void* place = walk(__builtin_return_address(0));
+  const void* place = __builtin_return_address(0);
   offset_of(shared, 16, "a copy's destination", place);
   require_aligned(shared, 16, Access::kWrite, place);
   require_aligned(global, 16, Access::kRead, place);
@@ -181,19 +114,6 @@ void cp_async_wait_group(unsigned groups_on_their_way) {
   copies.erase(copies.begin(), copies.begin() + landed);
   groups.erase(groups.begin(), groups.begin() + done);
   for (size_t& group : groups) group -= landed;
-}
-
-void land(size_t which) {
-  std::swap(machine.messages[which], machine.messages.back());
-  const Message message = machine.messages.back();
-  machine.messages.pop_back();
-  memcpy(message.to, message.value, message.bytes);
-  Mbarrier& b = message.block->barriers.at(message.barrier);
-  b.gathering.at[b.agent] = Time(b.phase + 1);
-  machine.naps_since_event = 0;
-  --b.messages;
-  b.bytes -= message.bytes;
-  complete_if_due(b);
 }
 
 }  // namespace emulator

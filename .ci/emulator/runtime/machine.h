@@ -15,10 +15,9 @@ namespace emulator {
 
 using Time = uint32_t;
 
-// A vector clock over the participants of one block: its threads, and the messages to each of its
-// mbarriers, which come in their own time. Entry i: up to which of its steps participant i is known
-// to have come. Then, for each Level, how many barriers of the block's Group are known to be
-// complete: what that tells of other blocks, the Group knows.
+// A vector clock over the threads of one block: up to which of its steps each is known to have
+// come; then how many barriers of the grid are known to be complete. What that tells of other
+// blocks, the Grid knows.
 struct Clock {
   std::vector<Time> at;
   void join(const Clock& other) {
@@ -26,13 +25,13 @@ struct Clock {
   }
 };
 
-// One step of one participant, packed: 1 valid, 1 atomic, 26 block, 12 participant, 24 time.
+// One step of one thread, packed: 1 valid, 1 atomic, 26 block, 12 thread, 24 time.
 using Epoch = uint64_t;
 constexpr Epoch kValid = 1ull << 63, kAtomic = 1ull << 62;
 constexpr Epoch kBeforeLaunch = kValid;  // time 0: everyone has seen it
 // a copy that its thread has not awaited yet: nobody has seen it
 constexpr Time kNotYet = (1u << 24) - 1;
-constexpr unsigned kMaxBlocks = 1u << 26, kAgents = 4;
+constexpr unsigned kMaxBlocks = 1u << 26;
 
 // The history of two neighbouring bytes, the smallest element that a kernel handles.
 struct Cell {
@@ -54,8 +53,6 @@ struct Range {  // a tensor or scratch memory
 
 enum class State : uint8_t { kReady, kNapping, kBlocked, kFinished };
 
-enum Level { kCluster, kGrid, kLevels };  // whose blocks a Group holds
-
 struct Block;
 struct Fibre {
   void* stack_pointer;
@@ -73,11 +70,10 @@ struct Fibre {
     unsigned char* to;
     const unsigned char* from;
   };
-  std::vector<Copy> copies;         // of 16 bytes, that it has not awaited yet
-  std::vector<size_t> groups;       // how many of them there were at each cp_async_commit_group
-  unsigned arrivals[kLevels] = {};  // at barriers of its Groups
-  bool arrived[kLevels] = {};       // ... and has not waited since
-  uint64_t path = 0;  // which code it has executed since its whole warp was last together
+  std::vector<Copy> copies;    // of 16 bytes, that it has not awaited yet
+  std::vector<size_t> groups;  // how many of them there were at each cp_async_commit_group
+  unsigned arrivals = 0;       // at barriers of the grid
+  bool arrived = false;        // ... and has not waited since
 };
 
 struct Rendezvous {  // of the lanes of one warp
@@ -86,28 +82,16 @@ struct Rendezvous {  // of the lanes of one warp
   uint64_t value[32], argument[32];
 };
 
-struct Aligned {     // a barrier that takes whole warps
-  unsigned arrived;  // lanes
-  uint64_t path;     // of the first
-};
-
 struct Mbarrier {
   unsigned arrivals, pending;  // per phase; still missing in this one
-  int64_t bytes = 0;           // expected minus landed in this phase
   uint64_t phase = 0;
   // what those who arrived in this phase, and up to the last one, had seen
   Clock gathering, completed;
-  unsigned messages = 0;  // in flight
-  int agent = -1;         // participant number of its messages, from the first one on
-  const Fibre* initialised_by;
   Epoch initialised;
-  bool fenced = false;
-  unsigned shown = 0;  // from this barrier of the cluster on, peers know the initialisation
   std::vector<Fibre*> waiting;
 };
 
-struct Group {  // blocks that a barrier holds together: a cluster, or the grid
-  unsigned first, blocks;
+struct Grid {                        // its barrier
   unsigned arrived = 0, passed = 0;  // threads at this barrier; barriers before it
   unsigned fewest = ~0u;             // arrivals of a thread that has returned
   // What is known of each block to those who arrived so far; to those behind the last barrier and
@@ -119,24 +103,12 @@ struct Group {  // blocks that a barrier holds together: a cluster, or the grid
 struct Block {
   unsigned index, slot;
   unsigned char* shared;
-  Group* groups[kLevels];
-  unsigned rank() const { return index - groups[kCluster]->first; }
   std::vector<Fibre> fibres;
   unsigned finished = 0, at_barrier = 0;
   std::vector<std::vector<Rendezvous>> meetings;    // per warp
-  std::vector<Aligned> arriving, waiting;           // per warp: at the cluster's barrier
   std::unordered_map<uint32_t, Mbarrier> barriers;  // by offset in shared memory
   uint32_t barriers_begin = ~0u, barriers_end = 0;
-  unsigned agents = 0;
   std::vector<Cell> cells;  // of its shared memory
-};
-
-struct Message {     // lands as late as the schedule wants
-  Block* block;      // in whose shared memory
-  uint32_t barrier;  // offset
-  unsigned char* to;
-  unsigned bytes;
-  unsigned char value[16];
 };
 
 struct RelaxedStore {  // done, but not yet seen by those whom nothing has told
@@ -150,7 +122,7 @@ struct RelaxedStore {  // done, but not yet seen by those whom nothing has told
 
 struct Device {
   int multiprocessors = 3, shared_bytes = 16 * 1024, capability = 90;
-  int granted = 3;  // of them, those that launches may use, as in a green context
+  int usable = 3;  // multiprocessors that launches get: a green context, say, has a part of them
 };
 
 struct Random {  // splitmix64
@@ -168,10 +140,8 @@ struct Machine {
   Device device;
   Launch launch{};
   uintptr_t arguments_begin, arguments_end;   // of the kernel, which every thread copies
-  std::vector<std::unique_ptr<Block>> slots;  // the resident blocks, cluster by cluster
-  std::vector<Group> clusters;                // those that are in the slots
-  Group grid;
-  std::vector<Message> messages;  // in flight
+  std::vector<std::unique_ptr<Block>> slots;  // the resident blocks
+  Grid grid;
   std::vector<RelaxedStore> stores;
   std::vector<std::vector<Epoch>> reads;
   Random random{0};
@@ -191,11 +161,8 @@ std::string name_of(const void* place);
 void make_ready(Fibre& fibre);
 // until another fibre makes this one ready
 void block_on(const char* waits_for, const void* place);
-void require_clusters(const void* place);
-void preempt();                       // another fibre may run here
-const void* walk(const void* place);  // the running fibre comes by; gives the place
+void preempt();                // another fibre may run here
 void poll(const void* place);  // ... and must, if this one has looked at memory in vain for long
-void land(size_t message);     // copies.cpp: finish machine.messages[message]
 void show(size_t store);       // memory.cpp: machine.stores[store] becomes visible to all
 
 // memory.cpp
@@ -205,11 +172,8 @@ void access(const void* address, size_t bytes, Access kind, bool atomic, Epoch m
             const void* place);
 void require_aligned(const void* address, size_t alignment, Access kind, const void* place);
 Epoch now(const Fibre& fibre, bool atomic);
-Epoch epoch(const Block& block, unsigned participant, Time time, bool atomic);
+Epoch epoch(const Block& block, unsigned thread, Time time, bool atomic);
 bool has_seen(const Fibre& fibre, Epoch epoch);
-unsigned barriers_known(const Fibre& fibre, Level level);  // to be complete
-// of the cluster: must run; the address is in it
-Block& visit(unsigned rank, uintptr_t address, Access kind, const void* place);
 // copied bytes: somebody will have seen them, from now on
 void track(const void* address, size_t bytes, Epoch mark);
 void poison(void* address, size_t bytes);

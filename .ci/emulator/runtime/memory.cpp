@@ -36,9 +36,8 @@ void reset_cells(Range& range) {
   }
 }
 
-Epoch epoch(const Block& block, unsigned participant, Time time, bool atomic) {
-  return kValid | (atomic ? kAtomic : 0) | Epoch(block.index) << 36 | Epoch(participant) << 24 |
-         time;
+Epoch epoch(const Block& block, unsigned thread, Time time, bool atomic) {
+  return kValid | (atomic ? kAtomic : 0) | Epoch(block.index) << 36 | Epoch(thread) << 24 | time;
 }
 
 Epoch now(const Fibre& fibre, bool atomic) {
@@ -47,19 +46,15 @@ Epoch now(const Fibre& fibre, bool atomic) {
 
 static unsigned block_of(Epoch e) { return e >> 36 & (kMaxBlocks - 1); }
 
-unsigned barriers_known(const Fibre& fibre, Level level) {
-  return fibre.clock.at[machine.launch.threads + kAgents + level];
-}
-
 // Threads of one block order each other by clocks; those of different blocks only by barriers of
 // the grid.
 bool has_seen(const Fibre& fibre, Epoch e) {
   const Time time = e & kNotYet;
-  const unsigned block = block_of(e), participant = e >> 24 & 0xfff;
+  const unsigned block = block_of(e), thread = e >> 24 & 0xfff;
   if (time == 0) return true;
-  if (block == fibre.block->index) return time <= fibre.clock.at[participant];
-  const unsigned known = barriers_known(fibre, kGrid);
-  return known > 0 && time <= machine.grid.published[known & 1][block].at[participant];
+  if (block == fibre.block->index) return time <= fibre.clock.at[thread];
+  const unsigned barriers = fibre.clock.at.back();  // of the grid, known to be complete
+  return barriers > 0 && time <= machine.grid.published[barriers & 1][block].at[thread];
 }
 
 void acquire(const Clock& source) { current->clock.join(source); }
@@ -71,11 +66,9 @@ void release(Clock& target) {
 }
 
 static std::string name_of_epoch(Epoch e, uint32_t place_low) {
-  const unsigned participant = e >> 24 & 0xfff;
   // The text of one launch lies within 4 GiB, so the high half of any place of it is right.
   const uintptr_t place = (uintptr_t(machine.launch.kernel) & ~uintptr_t(0xffffffff)) | place_low;
-  std::string who =
-      participant < machine.launch.threads ? "thread " + std::to_string(participant) : "a message";
+  std::string who = "thread " + std::to_string(e >> 24 & 0xfff);
   if ((e & kNotYet) == kNotYet)
     who = "an asynchronous copy that no wait has awaited, issued by " + who;
   return who + " of block " + std::to_string(block_of(e)) + " at " +
@@ -94,40 +87,12 @@ static std::string hex(uintptr_t value) {
   return text;
 }
 
-// of the current cluster
-static unsigned first_slot() { return current->block->slot - current->block->rank(); }
-
-// The rank of the block of the current cluster in whose shared memory, or behind it, the address
-// lies; -1: in none's.
-static int peer_at(uintptr_t address) {
-  for (unsigned rank = 0; rank < machine.launch.cluster; ++rank)
-    if (address - uintptr_t(shared_of(first_slot() + rank)) < kSharedRoom) return int(rank);
-  return -1;
-}
-
 static std::string name_of_address(uintptr_t address) {
   for (const Range& range : exposed)
     if (address >= range.begin && address < range.end)
       return range.name + " + " + std::to_string(address - range.begin) + " bytes";
-  if (const int rank = peer_at(address); rank >= 0) {
-    const Block& own = *current->block;
-    return "shared memory + " + hex(address - uintptr_t(shared_of(first_slot() + rank))) +
-           (unsigned(rank) == own.rank()
-                ? ""
-                : " of block " + std::to_string(own.index - own.rank() + rank));
-  }
-  return hex(address);
-}
-
-// Another block's shared memory is there from the start to the end of that block.
-Block& visit(unsigned rank, uintptr_t address, Access kind, const void* place) {
-  Block* const peer = machine.slots[first_slot() + rank].get();
-  if (peer == nullptr)
-    fail_access("cluster", kind, name_of_address(address), ", which has returned", place);
-  if (barriers_known(*current, kCluster) == 0)
-    fail_access("cluster", kind, name_of_address(address),
-                ", which may not have started: no barrier has shown it", place);
-  return *peer;
+  const uintptr_t offset = address - uintptr_t(current->block->shared);
+  return offset < kSharedRoom ? "shared memory + " + hex(offset) : hex(address);
 }
 
 // The cells of the accessed bytes, and the block whose shared memory it is, if any; no cells for
@@ -160,13 +125,9 @@ static Found find_cells(uintptr_t address, size_t bytes, Access kind, const void
       fail_access("out of bounds", kind, name_of_address(address), ", which is an input", place);
     return {range.cells.data() + (address - range.begin) / kCellBytes, nullptr};
   }
-  if (const int rank = peer_at(address); rank >= 0) {
-    if (address + bytes > uintptr_t(shared_of(first_slot() + rank)) + machine.launch.shared_bytes)
-      fail_access("out of bounds", kind, name_of_address(address),
-                  ", of " + hex(machine.launch.shared_bytes) + " bytes", place);
-    Block& peer = visit(rank, address, kind, place);
-    return {peer.cells.data() + (address - uintptr_t(peer.shared)) / kCellBytes, &peer};
-  }
+  if (address - shared < kSharedRoom)
+    fail_access("out of bounds", kind, name_of_address(address),
+                ", of " + hex(machine.launch.shared_bytes) + " bytes", place);
   if (kind == Access::kRead && address >= machine.arguments_begin &&
       address + bytes <= machine.arguments_end)
     return {};
@@ -252,7 +213,6 @@ static void show_overlapping(const void* address, size_t bytes, bool to_all);
 
 static void check_plain(const void* address, size_t bytes, Access kind, const void* place) {
   if (!current) return;
-  walk(place);
   access(address, bytes, kind, false, now(*current, false), place);
   if (!machine.stores.empty()) show_overlapping(address, bytes, true);
 }
@@ -295,7 +255,7 @@ static void show_overlapping(const void* address, size_t bytes, bool to_all) {
 }
 
 void load_atomic(void* value, const void* address, size_t bytes) {
-  const void* place = walk(__builtin_return_address(0));
+  const void* place = __builtin_return_address(0);
   poll(place);
   require_aligned(address, bytes, Access::kRead, place);
   access(address, bytes, Access::kRead, true, now(*current, true), place);
@@ -304,7 +264,7 @@ void load_atomic(void* value, const void* address, size_t bytes) {
 }
 
 void store_atomic(void* address, const void* value, size_t bytes) {
-  const void* place = walk(__builtin_return_address(0));
+  const void* place = __builtin_return_address(0);
   preempt();
   require_aligned(address, bytes, Access::kWrite, place);
   access(address, bytes, Access::kWrite, true, now(*current, true), place);
@@ -318,7 +278,7 @@ void store_atomic(void* address, const void* value, size_t bytes) {
 }
 
 void add_atomic(unsigned long long* address, unsigned long long value) {
-  const void* place = walk(__builtin_return_address(0));
+  const void* place = __builtin_return_address(0);
   preempt();
   require_aligned(address, sizeof *address, Access::kWrite, place);
   access(address, sizeof *address, Access::kRead, true, now(*current, true), place);

@@ -1,4 +1,4 @@
-// Launches, fibres, the schedule, and the barriers of warp, block, cluster and grid.
+// Launches, fibres, the schedule, and the barriers of warp, block and grid.
 #include <dlfcn.h>
 #include <sys/mman.h>
 
@@ -8,6 +8,7 @@
 #include <cstring>
 #include <fstream>
 #include <map>
+#include <utility>
 
 #include "machine.h"
 
@@ -92,12 +93,12 @@ static Policy policy;
 static uint64_t seed, launches;
 static void (*body)(const void*);
 static const void* body_arguments;
-static unsigned next_cluster, blocks_left;
-static std::vector<unsigned> cluster_order;
+static unsigned next_block, blocks_left;
+static std::vector<unsigned> block_order;
 static void* host_stack_pointer;
 static std::string error;  // of the first detector that fired since it was last taken
 static std::map<const void*, int> shared_limits;
-static const char* const kLevelNames[] = {"cluster", "grid"};
+static int last_error;  // that the runtime keeps for cudaGetLastError
 
 // ---- who runs next
 
@@ -118,7 +119,6 @@ static struct {
   int block, warp, lane;
 } victim;
 static uint64_t shuffle_window;  // kRandom: how far a fibre may fall behind its turn
-static bool messages_hurry;      // some launches: messages may also land before they must
 
 static bool is_victim(const Fibre& fibre) {
   return policy == kStarve && (victim.block < 0 || int(fibre.block->index) == victim.block) &&
@@ -155,21 +155,13 @@ static void wake(size_t which) {
 
 [[noreturn]] static void report_deadlock();
 
-// Picks the next fibre. Messages land, and napping threads look again, mostly when nothing else can
-// happen.
+// Picks the next fibre. Stores become visible, and napping threads look again, mostly when nothing
+// else can happen.
 static Fibre* next_fibre() {
   Machine& m = machine;
   for (;;) {
-    if (messages_hurry && !m.messages.empty() && m.random.below(64) == 0)
-      land(m.random.below(m.messages.size()));
     if (!m.stores.empty() && m.random.below(64) == 0) show(m.random.below(m.stores.size()));
     if (!napping.empty() && m.random.below(64) == 0) wake(m.random.below(napping.size()));
-    const bool only_starved = !ready.empty() && ready.front().key >= kStarved && policy == kStarve;
-    // what comes for the victim does not delay it further
-    if (only_starved && !m.messages.empty()) {
-      land(m.random.below(m.messages.size()));
-      continue;
-    }
     if (!ready.empty()) {
       std::pop_heap(ready.begin(), ready.end());
       Fibre* fibre = ready.back().fibre;
@@ -178,12 +170,8 @@ static Fibre* next_fibre() {
     }
     if (!m.stores.empty() && m.random.below(2)) {
       show(m.random.below(m.stores.size()));
-    } else if (!m.messages.empty() && (napping.empty() || m.random.below(2))) {
-      land(m.random.below(m.messages.size()));
     } else if (!napping.empty() && m.naps_since_event < 1000 + 64 * napping.size()) {
       while (!napping.empty()) wake(napping.size() - 1);
-    } else if (!m.messages.empty()) {
-      land(m.random.below(m.messages.size()));
     } else {
       report_deadlock();
     }
@@ -227,13 +215,7 @@ static void sleep(const void* place) {
   run(next_fibre());
 }
 
-const void* walk(const void* place) {
-  // a hash of all places in turn
-  current->path = (current->path ^ uintptr_t(place)) * 0x9e3779b97f4a7c15ull;
-  return place;
-}
-
-void nanosleep() { sleep(walk(__builtin_return_address(0))); }
+void nanosleep() { sleep(__builtin_return_address(0)); }
 
 void poll(const void* place) {
   if (++machine.naps_since_event % 64)
@@ -303,16 +285,14 @@ static void report_deadlock() {
         const Mbarrier& b = block->barriers.at(offset);
         now += " on shared memory + " + std::to_string(offset) + " for parity " +
                std::to_string(fibre.parity) + " (in phase " + std::to_string(b.phase) + ", " +
-               std::to_string(b.pending) + " of " + std::to_string(b.arrivals) + " arrivals and " +
-               std::to_string(b.bytes) + " bytes missing)";
+               std::to_string(b.pending) + " of " + std::to_string(b.arrivals) +
+               " arrivals missing)";
       }
-      for (int level = 0; level < kLevels; ++level) {
-        const Group& group = *block->groups[level];
-        if (fibre.state == State::kBlocked && fibre.arrivals[level] > group.passed)
-          now += " (" + std::to_string(group.arrived) + " of " +
-                 std::to_string(group.blocks * machine.launch.threads) +
-                 " threads have arrived at the barrier of the " + kLevelNames[level] + ")";
-      }
+      const Grid& grid = machine.grid;
+      if (fibre.state == State::kBlocked && fibre.arrivals > grid.passed)
+        now += " (" + std::to_string(grid.arrived) + " of " +
+               std::to_string(machine.launch.blocks * machine.launch.threads) +
+               " threads have arrived at the grid's barrier)";
       if (now != previous) {
         flush();
         previous = now;
@@ -329,13 +309,11 @@ static void report_deadlock() {
 
 // Everyone in the block has now seen what everyone else had seen.
 static void merge_clocks(Block& block) {
-  const unsigned threads = machine.launch.threads;
   Clock all = block.fibres[0].clock;
   for (Fibre& fibre : block.fibres) {
     // nobody knows more of a thread than itself
     all.at[fibre.thread] = fibre.clock.at[fibre.thread]++;
-    for (size_t i = threads; i < all.at.size(); ++i)
-      all.at[i] = std::max(all.at[i], fibre.clock.at[i]);
+    all.at.back() = std::max(all.at.back(), fibre.clock.at.back());
   }
   for (Fibre& fibre : block.fibres) {
     const Time own = fibre.clock.at[fibre.thread];
@@ -353,110 +331,52 @@ void sync_block() {
   if (++block.at_barrier < machine.launch.threads) return block_on("__syncthreads", place);
   block.at_barrier = 0;
   merge_clocks(block);
-  for (Fibre& fibre : block.fibres) fibre.path = 0;
   for (Fibre& fibre : block.fibres)
     if (&fibre != current) make_ready(fibre);
   preempt();
 }
 
-static std::string barrier_of(Level level) {
-  return std::string("the barrier of the ") + kLevelNames[level];
-}
-
 // What a thread does between its arrival and its wait is ordered before nobody's code behind this
 // barrier.
-static void arrive(Level level, const void* place) {
-  Fibre& fibre = *current;
-  Group& group = *fibre.block->groups[level];
-  if (fibre.arrived[level])
-    fail("barrier", name_of(fibre) + " arrives twice at " + barrier_of(level) + " without a wait",
-         place);
-  if (fibre.arrivals[level] >= group.fewest)
-    fail("barrier",
-         name_of(fibre) + " reaches " + barrier_of(level) + " after other threads have returned",
-         place);
-  if (group.gathering.empty())
-    group.gathering.assign(group.blocks, Clock{std::vector<Time>(fibre.clock.at.size())});
-  // the cluster's barrier orders no memory
-  if (level == kGrid) release(group.gathering[fibre.block->index - group.first]);
-  fibre.arrived[level] = true;
-  ++fibre.arrivals[level];
-  if (++group.arrived < group.blocks * machine.launch.threads) return;
-  group.arrived = 0;
-  ++group.passed;
-  // barriers, which are all blocks' knowledge now
-  const size_t known = machine.launch.threads + kAgents;
-  Time passed[kLevels] = {};
-  for (const Clock& clock : group.gathering)
-    for (int i = 0; i < kLevels; ++i) passed[i] = std::max(passed[i], clock.at[known + i]);
-  passed[level] = group.passed;
-  for (Clock& clock : group.gathering)
-    std::copy(passed, passed + kLevels, clock.at.begin() + known);
-  group.published[group.passed & 1] = group.gathering;
-  for (Fibre* waiting : group.waiting) make_ready(*waiting);
-  group.waiting.clear();
-}
-
-static void wait(Level level, const char* name, const void* place) {
-  preempt();
-  Fibre& fibre = *current;
-  Group& group = *fibre.block->groups[level];
-  if (!fibre.arrived[level])
-    fail("barrier", name_of(fibre) + " waits at " + barrier_of(level) + " without having arrived",
-         place);
-  if (group.passed < fibre.arrivals[level]) {
-    group.waiting.push_back(&fibre);
-    block_on(name, place);
-  }
-  fibre.arrived[level] = false;
-  acquire(group.published[group.passed & 1][fibre.block->index - group.first]);
-}
-
 void grid_arrive() {
   const void* place = __builtin_return_address(0);
   if (!machine.launch.cooperative)
     fail("barrier", "a barrier of the grid in a launch that is not cooperative", place);
   preempt();
-  arrive(kGrid, place);
+  Fibre& fibre = *current;
+  Grid& grid = machine.grid;
+  if (fibre.arrived)
+    fail("barrier", name_of(fibre) + " arrives twice at the grid's barrier without a wait", place);
+  if (fibre.arrivals >= grid.fewest)
+    fail("barrier",
+         name_of(fibre) + " reaches the grid's barrier after other threads have returned", place);
+  if (grid.gathering.empty())
+    grid.gathering.assign(machine.launch.blocks, Clock{std::vector<Time>(fibre.clock.at.size())});
+  release(grid.gathering[fibre.block->index]);
+  fibre.arrived = true;
+  ++fibre.arrivals;
+  if (++grid.arrived < machine.launch.blocks * machine.launch.threads) return;
+  grid.arrived = 0;
+  ++grid.passed;
+  for (Clock& clock : grid.gathering) clock.at.back() = grid.passed;
+  grid.published[grid.passed & 1] = grid.gathering;
+  for (Fibre* waiting : grid.waiting) make_ready(*waiting);
+  grid.waiting.clear();
 }
 
-void grid_wait() { wait(kGrid, "grid.barrier_wait", __builtin_return_address(0)); }
-
-void require_clusters(const void* place) {
-  if (machine.device.capability < 90) fail("device", "clusters need compute capability 9.0", place);
-}
-
-// `.aligned`: all lanes of the warp execute the barrier together. They do if they have taken the
-// same path since they were last known to be together; behind a branch or a loop that took some of
-// them elsewhere, __syncwarp must bring them together.
-static void require_whole_warp(const char* operation, std::vector<Aligned>& warps,
-                               const void* place) {
-  const unsigned warp = current->thread / 32,
-                 lanes = std::min(32u, machine.launch.threads - warp * 32);
-  Aligned& at = warps[warp];
-  if (at.arrived == 0) at.path = current->path;
-  if (at.path != current->path)
-    fail("warp",
-         name_of(*current) + " is at the aligned " + operation +
-             " apart from other lanes of its warp: no __syncwarp before it",
-         place);
-  at.arrived = (at.arrived + 1) % lanes;
-  current->path = 0;
-}
-
-void barrier_cluster_arrive() {
+void grid_wait() {
   const void* place = __builtin_return_address(0);
-  require_clusters(place);
-  require_whole_warp("barrier_cluster_arrive", current->block->arriving, place);
   preempt();
-  arrive(kCluster, place);
-}
-
-void barrier_cluster_wait() {
-  const void* place = __builtin_return_address(0);
-  require_clusters(place);
-  require_whole_warp("barrier_cluster_wait", current->block->waiting, place);
-  wait(kCluster, "barrier_cluster_wait", place);
+  Fibre& fibre = *current;
+  Grid& grid = machine.grid;
+  if (!fibre.arrived)
+    fail("barrier", name_of(fibre) + " waits at the grid's barrier without having arrived", place);
+  if (grid.passed < fibre.arrivals) {
+    grid.waiting.push_back(&fibre);
+    block_on("grid.barrier_wait", place);
+  }
+  fibre.arrived = false;
+  acquire(grid.published[grid.passed & 1][fibre.block->index]);
 }
 
 // Lanes of a warp meet: each brings a value and an argument; the last one to come serves them all
@@ -491,8 +411,6 @@ static void meet(const char* operation, unsigned mask, uint64_t value, uint64_t 
   meeting->value[me] = value;
   meeting->argument[me] = argument;
   if (meeting->arrived != mask) return block_on(operation, place);
-  if (lanes == unsigned(__builtin_popcount(mask)))
-    for (unsigned lane = 0; lane < lanes; ++lane) block.fibres[first + lane].path = 0;
   const Rendezvous done = *meeting;
   meetings.erase(meeting);
   finish(done, &block.fibres[first]);
@@ -501,19 +419,18 @@ static void meet(const char* operation, unsigned mask, uint64_t value, uint64_t 
   preempt();
 }
 
-void sync_warp(unsigned mask) {
-  meet("__syncwarp", mask, 0, 0, __builtin_return_address(0),
-       [](const Rendezvous& r, Fibre* lanes) {
-         Clock all = current->clock;
-         for (unsigned i = 0; i < 32; ++i)
-           if (r.mask >> i & 1) all.join(lanes[i].clock);
-         for (unsigned i = 0; i < 32; ++i) {
-           if (!(r.mask >> i & 1)) continue;
-           const Time own = lanes[i].clock.at[lanes[i].thread] + 1;
-           lanes[i].clock = all;
-           lanes[i].clock.at[lanes[i].thread] = own;
-         }
-       });
+void sync_warp() {
+  meet("__syncwarp", ~0u, 0, 0, __builtin_return_address(0), [](const Rendezvous& r, Fibre* lanes) {
+    Clock all = current->clock;
+    for (unsigned i = 0; i < 32; ++i)
+      if (r.mask >> i & 1) all.join(lanes[i].clock);
+    for (unsigned i = 0; i < 32; ++i) {
+      if (!(r.mask >> i & 1)) continue;
+      const Time own = lanes[i].clock.at[lanes[i].thread] + 1;
+      lanes[i].clock = all;
+      lanes[i].clock.at[lanes[i].thread] = own;
+    }
+  });
 }
 
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane) {
@@ -564,14 +481,11 @@ static void fibre_main() {
     fail("barrier", name_of(fibre) + " returns with copies that no wait has awaited", nullptr);
   if (block.at_barrier)
     fail("barrier", name_of(fibre) + " returns while other threads wait at __syncthreads", nullptr);
-  for (int level = 0; level < kLevels; ++level) {
-    Group& group = *block.groups[level];
-    group.fewest = std::min(group.fewest, fibre.arrivals[level]);
-    if (group.arrived > 0 && group.fewest <= group.passed)
-      fail("barrier",
-           name_of(fibre) + " returns while other threads are at " + barrier_of(Level(level)),
-           nullptr);
-  }
+  Grid& grid = machine.grid;
+  grid.fewest = std::min(grid.fewest, fibre.arrivals);
+  if (grid.arrived > 0 && grid.fewest <= grid.passed)
+    fail("barrier", name_of(fibre) + " returns while other threads are at the grid's barrier",
+         nullptr);
   fibre.state = State::kFinished;
   machine.naps_since_event = 0;
   // which cleans up, then runs the others
@@ -586,20 +500,16 @@ static void start_block(unsigned slot, unsigned index) {
   Block& block = *machine.slots[slot];
   block.index = index;
   block.slot = slot;
-  block.groups[kCluster] = &machine.clusters[slot / launch.cluster];
-  block.groups[kGrid] = &machine.grid;
   block.shared = shared_of(slot);
   poison(block.shared, launch.shared_bytes);
   block.cells.assign((launch.shared_bytes + kCellBytes - 1) / kCellBytes, Cell{});
   block.meetings.resize((launch.threads + 31) / 32);
-  block.arriving.resize(block.meetings.size());
-  block.waiting.resize(block.meetings.size());
   block.fibres.resize(launch.threads);
   for (unsigned thread = 0; thread < launch.threads; ++thread) {
     Fibre& fibre = block.fibres[thread];
     fibre.block = &block;
     fibre.thread = thread;
-    fibre.clock.at.assign(launch.threads + kAgents + kLevels, 0);
+    fibre.clock.at.assign(launch.threads + 1, 0);
     fibre.clock.at[thread] = 1;
     char* low = mapping(stacks, slot * launch.threads + thread, kStackBytes);
     // Staggered, or the hot ends of all stacks would compete for the same lines of the cache.
@@ -615,23 +525,11 @@ static void start_block(unsigned slot, unsigned index) {
   }
 }
 
-static void start_cluster(unsigned place) {
-  const unsigned blocks = machine.launch.cluster, first = cluster_order[next_cluster++] * blocks;
-  machine.clusters[place] = Group{first, blocks};
-  for (unsigned rank = 0; rank < blocks; ++rank) start_block(place * blocks + rank, first + rank);
-}
-
 static void finish_block(Block& block) {
-  for (const Message& message : machine.messages)
-    if (message.block == &block)
-      fail("barrier", "block " + std::to_string(block.index) + " ends with messages in flight",
-           nullptr);
   --blocks_left;
-  const unsigned blocks = machine.launch.cluster, place = block.slot / blocks;
-  machine.slots[block.slot].reset();
-  for (unsigned rank = 0; rank < blocks; ++rank)
-    if (machine.slots[place * blocks + rank]) return;
-  if (next_cluster < cluster_order.size()) start_cluster(place);
+  const unsigned slot = block.slot;
+  machine.slots[slot].reset();
+  if (next_block < block_order.size()) start_block(slot, block_order[next_block++]);
 }
 
 // ---- launches
@@ -649,7 +547,7 @@ static unsigned resident_blocks(const Launch& launch) {
   const unsigned bytes = unsigned(launch.shared_bytes + 127) / 128 * 128 + reserved_bytes(),
                  warps = (launch.threads + 31) / 32;
   const unsigned by_shared = unsigned(device.shared_bytes + reserved_bytes()) / std::max(bytes, 1u);
-  return unsigned(device.granted) * std::max(1u, std::min(by_shared, 36 / warps));
+  return unsigned(device.usable) * std::max(1u, std::min(by_shared, 36 / warps));
 }
 
 int launch(const Launch& launch, void (*launch_body)(const void*), const void* arguments,
@@ -661,19 +559,13 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
                                        ? std::min(device.shared_bytes, 48 * 1024)
                                        : limit->second))
     return 1;
-  if (launch.cluster == 0) return 1;
-  if (launch.cluster > 1 && device.capability < 90) return 801;
-  if (launch.blocks % launch.cluster) return 9;
-  unsigned resident = resident_blocks(launch) / launch.cluster * launch.cluster;
-  if (launch.cluster > 8 || resident == 0) return 912;
+  unsigned resident = resident_blocks(launch);
   if (launch.cooperative && launch.blocks > resident) return 720;
   if (!error.empty()) return 719;
   ++launches;
   if (launch.blocks >= kMaxBlocks)
     record("limit", "more blocks than the emulator can number", nullptr);
-  resident =
-      std::min({resident, launch.blocks,
-                std::max(1u, kMaxThreads / launch.threads / launch.cluster) * launch.cluster});
+  resident = std::min({resident, launch.blocks, kMaxThreads / launch.threads});
   if (launch.cooperative && launch.blocks > resident)
     record("limit", "more resident threads than the emulator has stacks for", nullptr);
 
@@ -683,9 +575,7 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
   machine.random = {seed * 0x9e3779b97f4a7c15ull + launches};
   machine.slots.clear();
   machine.slots.resize(resident);
-  machine.clusters.assign(resident / launch.cluster, Group{});
-  machine.grid = Group{0, launch.blocks};
-  machine.messages.clear();
+  machine.grid = Grid{};
   machine.stores.clear();
   machine.reads.clear();
   machine.naps_since_event = 0;
@@ -694,7 +584,6 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
   napping.clear();
   sequence = 0;
   Random& random = machine.random;
-  messages_hurry = random.below(2);
   shuffle_window = random.below(2) ? 64 : 1 << 20;
   victim = {int(random.below(launch.blocks)), int(random.below((launch.threads + 31) / 32)), -1};
   switch (random.below(5)) {
@@ -710,18 +599,18 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
     case 3:
       victim.lane = int(random.below(32)), victim.warp = 0;  // the warp with most to do alone
   }
-  cluster_order.resize(launch.blocks / launch.cluster);
-  for (unsigned i = 0; i < cluster_order.size(); ++i) cluster_order[i] = i;
+  block_order.resize(launch.blocks);
+  for (unsigned i = 0; i < launch.blocks; ++i) block_order[i] = i;
   if (policy != kRoundRobin)
-    for (size_t i = cluster_order.size(); i > 1; --i)
-      std::swap(cluster_order[i - 1], cluster_order[random.below(i)]);
-  next_cluster = 0;
+    for (size_t i = launch.blocks; i > 1; --i)
+      std::swap(block_order[i - 1], block_order[random.below(i)]);
+  next_block = resident;
   blocks_left = launch.blocks;
   body = launch_body;
   body_arguments = arguments;
   blockDim = dim3(launch.threads);
   gridDim = dim3(launch.blocks);
-  for (unsigned place = 0; place < machine.clusters.size(); ++place) start_cluster(place);
+  for (unsigned slot = 0; slot < resident; ++slot) start_block(slot, block_order[slot]);
   while (blocks_left > 0 && error.empty()) {
     try {
       run(next_fibre());
@@ -750,11 +639,19 @@ int attribute(int which, int* value) {
 
 int set_shared_limit(const void* kernel, int bytes) {
   if (bytes > machine.device.shared_bytes) return 1;
+  if (bytes < machine.device.shared_bytes)
+    record("host",
+           "a kernel's limit of shared memory below the device's: a launch by another thread may "
+           "need more",
+           nullptr);
   shared_limits[kernel] = bytes;
   return 0;
 }
 
 int capability() { return machine.device.capability; }
+
+int keep_error(int error) { return error ? last_error = error : 0; }
+int take_error() { return std::exchange(last_error, 0); }
 
 // ---- what emulate.py calls, through ctypes
 
@@ -795,8 +692,8 @@ static std::string with_lines(std::string text) {
 }
 
 extern "C" {
-void emulator_set_device(int multiprocessors, int shared_bytes, int capability, int granted) {
-  machine.device = {multiprocessors, shared_bytes, capability, granted};
+void emulator_set_device(int multiprocessors, int shared_bytes, int capability, int usable) {
+  machine.device = {multiprocessors, shared_bytes, capability, usable};
   shared_limits.clear();
 }
 
@@ -836,6 +733,9 @@ void emulator_conceal(uintptr_t address) {
 const char* emulator_end() {
   in_call = false;
   ranges().clear();
+  if (take_error())
+    record("host", "the launch leaves an error, which a later call of someone else would raise",
+           nullptr);
   error = with_lines(error);
   return error.c_str();
 }
