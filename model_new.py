@@ -24,10 +24,12 @@ neighbouring channels, each element of a vector another one. make_plan() in the 
 the group, the team, and how many rows and groups under way a block has, from shape and device.
 """
 
+import contextlib
+import hashlib
+import logging
 import os
 import shutil
 import sys
-import warnings
 
 import torch
 import torch.utils.cpp_extension
@@ -1459,7 +1461,7 @@ struct Planner {
     p.cooperative = cooperative;
     p.team = fast_divmod(team);
     p.teams = std::max(teams, 1);
-    p.rounds = ceil_div(p.groups, p.teams);
+    p.rounds = ceil_div(std::max(p.groups, 1), p.teams);
     p.stages = fast_divmod(stages);
     const int least = std::max(kUnitChannels, ceil_div(p.channels * stages, kMaxUnits));
     while (1 << p.unit_bits < std::min(p.channels, least)) ++p.unit_bits;
@@ -1480,8 +1482,10 @@ struct Planner {
     const bool by_warp = unit(p) == 32;
     p.partial_lines = ceil_div(workers, by_warp ? 32 : p.width.divisor);
     // Not a multiple of the banks, so that lanes that add different elements find them in others.
-    p.partial_stride = (p.partial_lines * p.width.divisor + 15) / 16 * 16 + 2;
-    p.partials = is_nhwc(p.layout)         ? size * p.partial_stride
+    if (is_nhwc(p.layout))
+      p.partial_stride = (p.partial_lines * p.width.divisor + 15) / 16 * 16 + 2;
+    p.partials = !call.training            ? 0
+                 : is_nhwc(p.layout)       ? size * p.partial_stride
                  : p.layout == kNchwPacked ? 2 * p.partial_lines * p.width.divisor
                                            : p.partial_lines;
     p.channel_stride = ceil_div(p.channels, 4) * 4;
@@ -1517,7 +1521,8 @@ struct Planner {
       if (stages > 1) p.reg_vectors = 0;
       const int rest = p.vectors_per_thread - p.reg_vectors;
       const int64_t place_bytes = int64_t(stages) * workers * kVectorBytes;
-      const int64_t left = multiprocessor_bytes / blocks - device.reserved_bytes -
+      // A block gets whole pieces of 256 bytes, 128 from sm_80 on.
+      const int64_t left = multiprocessor_bytes / blocks / 256 * 256 - device.reserved_bytes -
                            with_places(p, workers, 0).shared_bytes;
       const int64_t places = std::min<int64_t>(rest, left / place_bytes);
       if (left < 0 || places < (rereads ? std::min(rest, kRing) : rest)) continue;
@@ -1807,12 +1812,15 @@ FUSED_BATCH_NORM_CPP = r"""
 #include <ATen/ops/native_batch_norm_backward.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 
 // The arguments of the operators, as declared, as handed on and as PyTorch's schema.
 #define PARAMETERS                                                                \
@@ -1832,6 +1840,7 @@ FUSED_BATCH_NORM_CPP = r"""
 namespace {
 
 using at::Tensor;
+using c10::MemoryFormat;
 using c10::ScalarType;
 using c10::SymInt;
 using std::string;
@@ -1870,8 +1879,8 @@ void check(PARAMETERS) {
   TORCH_CHECK(x.is_cuda() || x.is_meta(), must("x", "be on a CUDA device", show(x)));
   dtype_code(x.scalar_type());
   const auto check_pair = [&](const char* names, const MaybeTensor& p, const MaybeTensor& q) {
-    TORCH_CHECK(p.has_value() == q.has_value() && (!p || p->dtype() == q->dtype()),
-                must(names, "be two of one type, or None", show(p) + " and " + show(q)));
+    TORCH_CHECK(!p || !q || p->dtype() == q->dtype(),
+                must(names, "be two of one type", show(p) + " and " + show(q)));
   };
   const auto check_one = [&](const char* name, const MaybeTensor& p) {
     TORCH_CHECK(!p || (p->dim() == 1 && p->sym_size(0) == x.sym_size(1) &&
@@ -1886,6 +1895,9 @@ void check(PARAMETERS) {
   check_one("running_var", running_var);
   check_pair("gamma and beta", gamma, beta);
   check_pair("running_mean and running_var", running_mean, running_var);
+  TORCH_CHECK(running_mean.has_value() == running_var.has_value(),
+              must("running_mean and running_var", "be both given, or both None",
+                   show(running_mean) + " and " + show(running_var)));
   TORCH_CHECK(!running_mean || (running_mean->is_contiguous() && running_var->is_contiguous()),
               must("running_mean and running_var", "be contiguous", "other strides"));
   TORCH_CHECK(training || running_mean, must("running_mean", "be given in eval mode", "None"));
@@ -1893,6 +1905,10 @@ void check(PARAMETERS) {
   TORCH_CHECK(!count || (count->dtype() == at::kLong && count->sym_numel() == 1 &&
                          (count->device() == x.device() || x.is_meta())),
               must("num_batches_tracked", "be one int64 on x's device", show(count)));
+  for (const auto* buffer : {&running_mean, &running_var, &num_batches_tracked})
+    TORCH_CHECK(
+        !training || !*buffer || !(*buffer)->is_inference() || c10::InferenceMode::is_enabled(),
+        must("buffers made under inference_mode", "be trained under it", show(*buffer)));
   TORCH_CHECK_VALUE(!training || x.sym_size(0) * x.sym_size(2) * x.sym_size(3) != 1,
                     must("x", "have more than 1 value per channel when training", show(x)));
   TORCH_CHECK_VALUE(
@@ -1900,21 +1916,79 @@ void check(PARAMETERS) {
       must("eps", training ? "be positive when training" : "not be negative", std::to_string(eps)));
 }
 
+// x's layout, decided once: where the kernel finds the elements of x, where it writes those of y,
+// and what backward is called with. Strides of sizes of 1 say nothing about that, nor do they here.
+MemoryFormat format_of(const Tensor& x) {
+  const bool contiguous = x.is_contiguous(),
+             channels_last = x.is_contiguous(MemoryFormat::ChannelsLast);
+  if (contiguous != channels_last)
+    return contiguous ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast;
+  // Neither: the copy's, as PyTorch chooses it. Both: the elements lie in the same places, except
+  // that there are none in an empty x, all of which are contiguous, but not all channels-last.
+  if (contiguous && x.sym_numel() == 0) return MemoryFormat::ChannelsLast;
+  return x.suggest_memory_format();
+}
+
+// The part of a call that the plan is made from. The kernel numbers in 32 bits: what does not fit
+// is refused here, and all products below fit into 64. got(): what to say of such an x.
+template <typename Got>
+FusedBatchNormCall sized_call(int64_t N, int64_t C, int64_t HW, ScalarType type, bool unaligned,
+                              bool channels_last, Got got) {
+  FusedBatchNormCall call{};
+  call.dtype = dtype_code(type);
+  call.channels_last = HW == 1 || (channels_last && C > 1);  // the same places, a better plan
+  if (N == 0 || C == 0 || HW == 0) return call;              // nothing to do but to count the batch
+  call.N = N;
+  call.C = C;
+  call.HW = HW;
+  constexpr int64_t kMostOfX = (int64_t(1) << 32) - 64,
+                    kMostOfGroup = (int64_t(1) << 31) - (1 << 20),
+                    kMostChannels = (int64_t(1) << 31) - 512;
+  const int64_t size = kVectorBytes / int64_t(c10::elementSize(type));  // elements of a vector
+  TORCH_CHECK(double(N) * double(C) * double(HW) < double(kMostOfX * size),
+              must("x", "have less than 64 GB", got()));
+  TORCH_CHECK(C < kMostChannels,
+              must("x", "have fewer than " + std::to_string(kMostChannels) + " channels", got()));
+  // Vectors of the narrowest group of channels that there is, edges included.
+  int64_t vectors;
+  if (call.channels_last) {
+    // A row is the fewest pixels that are whole vectors together; the last one reaches beyond x.
+    const int64_t pixels = size / std::gcd(C, size), rows = (N * HW + pixels - 1) / pixels,
+                  row = pixels * C / size, line = 8;  // vectors
+    TORCH_CHECK(
+        rows * row < kMostOfX,
+        must("x", "have less than 64 GB in whole rows of " + std::to_string(pixels) + " pixels",
+             got()));
+    const bool edges = pixels > 1 || unaligned;
+    vectors = pixels > 1 && C <= line * size
+                  ? (rows + 1) * row
+                  : rows * pixels * (std::min((C + size - 1) / size, line) + edges);
+  } else {
+    const bool edges = type == at::kDouble || HW % size > 0 || unaligned;
+    vectors = N * (edges ? (HW + size - 2) / size + 1 : HW / size);
+  }
+  TORCH_CHECK(
+      vectors < kMostOfGroup,
+      must("x",
+           string("have fewer than ") + std::to_string(kMostOfGroup) + " vectors of 16 bytes in " +
+               (call.channels_last ? "neighbouring channels" : "a channel's planes"),
+           std::to_string(vectors) + " in " + got()));
+  return call;
+}
+
 // Straight from the allocator: at::empty would fill it, with a kernel of its own, under
 // torch.use_deterministic_algorithms(True).
 Tensor allocate(c10::SymIntArrayRef sizes, ScalarType type, const Tensor& like,
-                c10::MemoryFormat format = c10::MemoryFormat::Contiguous) {
-  return at::detail::empty_generic_symint(sizes, c10::GetAllocator(like.device().type()),
-                                          c10::DispatchKeySet(like.options().computeDispatchKey()),
-                                          type, format);
+                MemoryFormat format = MemoryFormat::Contiguous) {
+  auto* const allocator =
+      like.is_meta() ? c10::GetAllocator(at::kMeta) : c10::cuda::CUDACachingAllocator::get();
+  return at::detail::empty_generic_symint(
+      sizes, allocator, c10::DispatchKeySet(like.options().computeDispatchKey()), type, format);
 }
 
-// NCHW or channels-last as x, from element `shift` of its memory on; no view, since autograd lets
-// nobody change a view that a custom operator returns.
-Tensor allocate_y(const Tensor& x, const SymInt& shift) {
-  auto format = x.suggest_memory_format();
-  if (x.sym_numel() == 0 && x.is_contiguous(c10::MemoryFormat::ChannelsLast))
-    format = c10::MemoryFormat::ChannelsLast;  // not suggested for an empty x
+// From element `shift` of its memory on; no view, since autograd lets nobody change a view that a
+// custom operator returns.
+Tensor allocate_y(const Tensor& x, MemoryFormat format, const SymInt& shift) {
   if (shift == 0) return allocate(x.sym_sizes(), x.scalar_type(), x, format);
   Tensor y = allocate({x.sym_numel() + shift}, x.scalar_type(), x);
   auto* impl = y.unsafeGetTensorImpl();
@@ -1924,64 +1998,51 @@ Tensor allocate_y(const Tensor& x, const SymInt& shift) {
   return y;
 }
 
-int64_t elements_behind_boundary(const Tensor& t) {
-  return int64_t(uintptr_t(t.const_data_ptr()) % kVectorBytes / t.element_size());
+// Elements from a 16-byte boundary to x, or to the copy that is made of it where it is not dense.
+SymInt misalignment(const Tensor& x, bool dense) {
+  if (!dense || x.sym_numel() == 0) return 0;
+  const int64_t item = x.element_size();
+  if (x.is_meta()) return x.sym_storage_offset() % SymInt(kVectorBytes / item);
+  return int64_t(uintptr_t(x.const_data_ptr()) % kVectorBytes) / item;
 }
 
 // One launch. For x without memory (fake and meta tensors) none, but outputs of the same layouts.
 Outputs run(PARAMETERS) {
   check(ARGUMENTS);
-  const SymInt shift = x.is_meta()
-                           ? x.sym_storage_offset() % SymInt(kVectorBytes / x.element_size())
-                           : SymInt(elements_behind_boundary(x));
+  const c10::DeviceGuard guard(x.device());  // before memory is asked for
+  const MemoryFormat format = format_of(x);
+  const bool dense = x.is_contiguous(format);
+  const SymInt shift = misalignment(x, dense);
+  FusedBatchNormCall call{};
+  if (!x.unsafeGetTensorImpl()->has_symbolic_sizes_strides())
+    call = sized_call(x.size(0), x.size(1), x.size(2) * x.size(3), x.scalar_type(), shift != 0,
+                      format == MemoryFormat::ChannelsLast, [&] { return show(x); });
   const auto wide = x.dtype() == at::kDouble ? at::kDouble : at::kFloat;
   const SymInt saved = training ? x.sym_size(1) : SymInt(0);
-  const Outputs outputs{allocate_y(x, shift), allocate({2, saved}, wide, x)};
+  const Outputs outputs{allocate_y(x, format, shift), allocate({2, saved}, wide, x)};
   const auto& [y, statistics] = outputs;
   if (x.is_meta()) return outputs;
 
-  const int64_t N = x.size(0), C = x.size(1), HW = x.size(2) * x.size(3);
-  const bool channels_last =
-      HW == 1 || (!x.is_contiguous() && x.is_contiguous(c10::MemoryFormat::ChannelsLast));
-  // The kernel numbers 16-byte vectors: those of x in 32 bits; in 31 bits those of a group of
-  // channels, in each plane, or in each pixel's 256 bytes, with two more for the edges.
-  const int64_t item = x.element_size(),
-                row = channels_last ? std::min<int64_t>(C * item, 256) : HW * item;
-  const int64_t rows = channels_last ? N * HW : N;
-  TORCH_CHECK(rows * (row / kVectorBytes + 2) < (int64_t(1) << 31) - (1 << 20) &&
-                  x.numel() * item / kVectorBytes < (int64_t(1) << 32) - 2,
-              must("x", "have less than 32 GB a channel and 64 GB in all", show(x)));
-  const c10::DeviceGuard guard(x.device());
-  // The kernel takes dense x, and y as far behind a boundary. Anything else costs copies.
-  const Tensor x_dense = channels_last && HW > 1 ? x : x.contiguous();
-  const int64_t x_shift = elements_behind_boundary(x_dense);
-  const bool direct = y.strides() == x_dense.strides() && x_shift == shift;
-  const Tensor y_dense = direct ? y : allocate_y(x_dense, x_shift);
+  const Tensor x_dense = x.contiguous(format);
   const auto packed = [](const MaybeTensor& p) { return p ? p->contiguous() : p; };
   const auto data = [](const MaybeTensor& p) { return p ? p->mutable_data_ptr() : nullptr; };
   const auto is_float = [](const MaybeTensor& p) { return p && p->dtype() == at::kFloat; };
   const MaybeTensor packed_gamma = packed(gamma), packed_beta = packed(beta);
-  FusedBatchNormCall call{};
   call.x = x_dense.const_data_ptr();
-  call.y = y_dense.mutable_data_ptr();
+  call.y = y.mutable_data_ptr();
   call.gamma = data(packed_gamma);
   call.beta = data(packed_beta);
   call.running_mean = data(running_mean);
   call.running_var = data(running_var);
   call.num_batches_tracked = static_cast<int64_t*>(data(num_batches_tracked));
   call.mean = statistics.mutable_data_ptr();
-  call.inv_std = static_cast<char*>(call.mean) + C * statistics.element_size();
-  call.N = N;
-  call.C = x.numel() > 0 ? C : 0;  // nothing to do but to count the batch
-  call.HW = HW;
+  call.inv_std = static_cast<char*>(call.mean) + x.size(1) * statistics.element_size();
   call.eps = eps;
   call.momentum = momentum.value_or(0);
   call.cumulative = !momentum.has_value();
-  call.dtype = dtype_code(x.scalar_type());
-  call.affine_float = is_float(gamma);
+  call.affine_float = is_float(gamma) || is_float(beta);
   call.running_float = is_float(running_mean);
   call.training = training;
-  call.channels_last = channels_last;
   // Freed on return: the allocator gives it away again only behind this launch on this stream.
   std::pair<const Tensor&, Tensor> scratch{x, {}};
   const auto allocate_scratch = [](size_t bytes, void* context) {
@@ -1992,11 +2053,12 @@ Outputs run(PARAMETERS) {
   const auto stream_of = &c10::cuda::getCurrentCUDAStream;
   const char* error =
       fused_batch_norm_launch(&call, allocate_scratch, &scratch, stream_of(x.device().index()));
-  TORCH_CHECK(!error, must("fused_batch_norm_forward_kernel", "run for x " + show(x),
+  TORCH_CHECK(!error, must("fused_batch_norm_forward_kernel",
+                           (training ? "train with x " : "normalise x ") + show(x),
                            string("CUDA error: ") + error));
+  // Nothing is refused any more.
   for (const auto* buffer : {&running_mean, &running_var, &num_batches_tracked})
     if (training && *buffer) (*buffer)->unsafeGetTensorImpl()->bump_version();
-  if (!direct) y.copy_(y_dense);
   return outputs;
 }
 
@@ -2023,12 +2085,31 @@ Tensor fused_batch_norm_forward(PARAMETERS) {
   return std::get<0>(run(ARGUMENTS));
 }
 
+// t in this format, strides of sizes of 1 included: PyTorch's backward on the CPU chooses its loop
+// and the layout of what it returns by different rules, which agree on such tensors only.
+Tensor in_format(const Tensor& t, MemoryFormat format) {
+  const Tensor dense = t.contiguous(format);
+  const SymInt C = t.sym_size(1), H = t.sym_size(2), W = t.sym_size(3);
+  const std::array<SymInt, 4> strides = format == MemoryFormat::ChannelsLast
+                                            ? std::array<SymInt, 4>{H * W * C, 1, W * C, C}
+                                            : std::array<SymInt, 4>{C * H * W, H * W, W, 1};
+  const bool own = std::equal(strides.begin(), strides.end(), dense.sym_strides().begin());
+  return own ? dense : dense.as_strided_symint(dense.sym_sizes(), strides);
+}
+
 struct FusedBatchNormBackward final : Node {
   std::array<SavedVariable, 5> saved;  // x, gamma, running_mean, running_var, statistics
   double eps;
   bool training;
+  ScalarType affine_type;  // of gamma and beta
 
   string name() const override { return "FusedBatchNormBackward"; }
+
+  // Asked for by compiled autograd, of an eager forward: a compiled one has another node.
+  void compiled_args(torch::autograd::CompiledNodeArgs&) const override {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, must("forward", "be compiled as well", "compiled autograd over an eager forward"));
+  }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -2041,20 +2122,29 @@ struct FusedBatchNormBackward final : Node {
     for (size_t i = 0; i < saved.size(); ++i) unpacked[i] = saved[i].unpack();
     const auto& [x, gamma, running_mean, running_var, statistics] = unpacked;
     if (!grads[0].defined()) return std::vector<Tensor>(3);
-    const auto zeros = [](const Tensor& p) { return p.defined() ? at::zeros_like(p) : p; };
-    if (x.sym_numel() == 0) return {zeros(x), zeros(gamma), zeros(gamma)};
+    const auto needed = [&](size_t i) { return task_should_compute_output(i); };
+    const auto per_channel = x.options().dtype(affine_type);
+    if (x.sym_numel() == 0) {
+      const auto zeros = [&](size_t i) {
+        return needed(i) ? x.new_zeros_symint({x.sym_size(1)}, per_channel) : Tensor();
+      };
+      return {at::zeros_like(x), zeros(1), zeros(2)};
+    }
     // PyTorch's kernels take all else in float32 whatever x is, but not every mixture.
     const auto wide = x.dtype() == at::kDouble ? at::kDouble : at::kFloat;
     const auto widen = [&](const Tensor& p) { return p.defined() ? p.to(wide) : p; };
     const Tensor none = training ? Tensor() : running_mean.narrow(0, 0, 0).to(wide);  // [0]
     const Tensor mean = training ? statistics.select(0, 0) : none;
     const Tensor inv_std = training ? statistics.select(0, 1) : none;
-    const auto needed = [&](size_t i) { return task_should_compute_output(i); };
+    // On a GPU they allocate the gradient of beta as gamma is, so there has to be one.
+    const bool ones = !gamma.defined() && needed(2);
+    const Tensor scale = ones ? x.new_ones_symint({x.sym_size(1)}, per_channel) : gamma;
+    const MemoryFormat format = format_of(x);
     auto [grad_x, grad_gamma, grad_beta] = at::native_batch_norm_backward(
-        grads[0], x, widen(gamma), widen(running_mean), widen(running_var), mean, inv_std, training,
-        eps, {needed(0), needed(1), needed(2)});
-    const auto as_gamma = [&](const Tensor& p) { return p.defined() ? p.to(gamma.dtype()) : p; };
-    return {grad_x, as_gamma(grad_gamma), as_gamma(grad_beta)};
+        in_format(grads[0], format), in_format(x, format), widen(scale), widen(running_mean),
+        widen(running_var), mean, inv_std, training, eps, {needed(0), needed(1), needed(2)});
+    const auto narrow = [&](const Tensor& p) { return p.defined() ? p.to(affine_type) : p; };
+    return {grad_x, narrow(grad_gamma), narrow(grad_beta)};
   }
 };
 
@@ -2082,29 +2172,37 @@ Outputs run_with_autograd(PARAMETERS) {
   node->set_next_edges(collect_next_edges(x, gamma, beta));
   node->eps = eps;
   node->training = training;
-  const Outputs outputs = run_below();
+  const MaybeTensor& affine = gamma ? gamma : beta;
+  node->affine_type = affine ? affine->scalar_type() : x.scalar_type();
   const auto save = [](const MaybeTensor& t) { return SavedVariable(t, false); };
   const MaybeTensor none;
+  // Before the launch: it is refused, say, for an x that was made under inference_mode.
   node->saved = {save(x), save(gamma), save(training ? none : running_mean),
-                 save(training ? none : running_var), save(std::get<1>(outputs))};
+                 save(training ? none : running_var), save(none)};
+  const Outputs outputs = run_below();
+  node->saved.back() = save(std::get<1>(outputs));
   set_history(std::get<0>(outputs), owner);
   return outputs;
+}
+
+void refuse_vmap(const c10::OperatorHandle&, c10::Stack*) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, must("x", "be one 4-D tensor (N, C, H, W)", "vmap's batch"));
 }
 
 // The launch plan of a contiguous, aligned x on the current device: the words of struct Plan.
 std::vector<int64_t> plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bool training,
                           MaybeDouble momentum, bool channels_last) {
+  const auto got = [&] {
+    return string(c10::toString(dtype)) + " (N = " + std::to_string(N) +
+           ", C = " + std::to_string(C) + ", HW = " + std::to_string(HW) + ")";
+  };
+  TORCH_CHECK(N >= 0 && C >= 0 && HW >= 0, must("N, C and HW", "not be negative", got()));
   int64_t counter;
-  FusedBatchNormCall call{};
+  FusedBatchNormCall call = sized_call(N, C, HW, dtype, false, channels_last, got);
   call.num_batches_tracked = &counter;
-  call.N = N;
-  call.C = C;
-  call.HW = HW;
   call.momentum = momentum.value_or(0);
   call.cumulative = !momentum.has_value();
-  call.dtype = dtype_code(dtype);
   call.training = training;
-  call.channels_last = channels_last || HW == 1;
   int words[64] = {};
   const char* error = fused_batch_norm_plan(&call, words, sizeof words);
   TORCH_CHECK(!error, must("the device", "run the kernel", string("CUDA error: ") + error));
@@ -2127,6 +2225,9 @@ EXPANDED(TORCH_LIBRARY, TORCH_EXTENSION_NAME, m) {
       "Tensor? running_mean, Tensor? running_var) -> Tensor");
   m.impl("eval", any_device, &eval<run>);
   m.impl("eval", autograd, &eval<run_with_autograd>);
+  for (const char* name : {"fused_batch_norm_forward", "train", "eval"})
+    m.impl(name, c10::DispatchKey::FuncTorchBatched,
+           torch::CppFunction::makeFromBoxedFunction<&refuse_vmap>());
   m.def(
       "fused_batch_norm_plan(int N, int C, int HW, ScalarType dtype, bool training, "
       "float? momentum, bool channels_last=False) -> int[]",
@@ -2151,26 +2252,36 @@ def _build_fused_batch_norm():
     if shutil.which("ninja") is None:  # a venv that is not activated keeps it beside its python
         beside = os.path.dirname(sys.executable)
         os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
-    if (
-        torch.cuda.is_available()
-    ):  # for the devices that are here, whatever TORCH_CUDA_ARCH_LIST says
+    arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if torch.cuda.is_available():  # for the devices that are here, whatever the list says
         devices = range(torch.cuda.device_count())
         capabilities = {torch.cuda.get_device_capability(i) for i in devices}
         architectures = [f"-gencode=arch=compute_{a}{b},code=sm_{a}{b}" for a, b in capabilities]
-    elif os.environ.get("TORCH_CUDA_ARCH_LIST"):
+    elif arch_list:
         architectures = []  # torch's own flags, made from the list
     else:
         return None, "a CUDA device must be present (or TORCH_CUDA_ARCH_LIST set), got none"
-    directory = extension._get_build_directory("fused_batch_norm", verbose=False)
+    cpp_source = FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CPP
+    cuda_source = FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CUDA
+    # A directory, and operators, for each build: torch would load what another process built there.
+    built_from = (cpp_source, cuda_source, sorted(architectures) or arch_list, torch.__version__)
+    digest = hashlib.sha256(repr(built_from).encode()).hexdigest()[:12]
+    name = "_".join(("fused_batch_norm", digest))
+    directory = None
+    with contextlib.suppress(OSError):
+        directory = extension._get_build_directory(name, verbose=False)
+    if directory is None or not os.access(directory, os.W_OK):
+        setting = os.environ.get("TORCH_EXTENSIONS_DIR", "none, nor such a home directory")
+        return None, f"TORCH_EXTENSIONS_DIR must be a directory that can be written, got {setting}"
     lock = os.path.join(directory, "lock")
-    if os.path.exists(lock):  # torch would wait without a word, and for ever if nobody builds
-        warnings.warn(
-            f"waiting for the build that holds {lock}: delete it if none is running", stacklevel=2
-        )
+    if hasattr(extension, "FileBaton") and os.path.exists(lock):  # not so from torch 2.14 on
+        # torch would wait without a word, and for ever if nobody builds.
+        waiting = "waiting for the build that holds %s: delete it if none is running"
+        logging.getLogger("fused_batch_norm").warning(waiting, lock)
     library = extension.load_inline(
-        name="fused_batch_norm",
-        cpp_sources=[FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CPP],
-        cuda_sources=[FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CUDA],
+        name=name,
+        cpp_sources=[cpp_source],
+        cuda_sources=[cuda_source],
         extra_cflags=["-O1"],  # it only checks and launches
         extra_cuda_cflags=["-O3", "-split-compile=0", "-Xcompiler=-O1", *sorted(architectures)],
         no_implicit_headers=True,
@@ -2201,7 +2312,7 @@ class ModelNew(torch.nn.Module):
 
     forward(x): x: (N, C, H, W) float32 | float16 | bfloat16 | float64, CUDA; parameters and buffers
     of the same type or float32. Returns y like x, in NCHW or channels-last as x (other strides cost
-    a copy each way). Differentiable by backward. Raises ValueError for x that is not 4-D or has one
+    a copy of x). Differentiable by backward. Raises ValueError for x that is not 4-D or has one
     value per channel in training and for eps that is not positive, RuntimeError for a wrong C,
     dtype or device.
 
@@ -2262,9 +2373,14 @@ class ModelNew(torch.nn.Module):
             self.eps,
             running_mean,
             buffers["running_var"],
-            buffers["num_batches_tracked"],
+            buffers["num_batches_tracked"] if self.training else None,
             self.training or running_mean is None,
             self.momentum,
+        )
+
+    def __prepare_scriptable__(self):  # called by torch.jit.script
+        raise NotImplementedError(
+            "ModelNew must be traced, exported or compiled, got torch.jit.script"
         )
 
     def extra_repr(self):

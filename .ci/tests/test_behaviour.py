@@ -119,18 +119,6 @@ def test_backward(target, dtype, params, training):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_backward_in_float64(target, training):
-    """Against differences of the forward: nothing wider could hold an oracle."""
-    model = check.make_pair(target, 3, F64, training)[0]
-    x = random_x(target, 2, 3, 3, 5, dtype=F64).requires_grad_()
-
-    def forward(x, gamma, beta):
-        return torch.func.functional_call(model, {"gamma": gamma, "beta": beta}, (x,))
-
-    assert torch.autograd.gradcheck(forward, (x, *model.parameters()))
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_compiled_without_graph_breaks(target, training):
     """Forward, running buffers and backward. Pretended devices have no code generator to try."""
     torch._dynamo.reset()

@@ -1,6 +1,7 @@
 """check.py as its user calls it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -14,27 +15,26 @@ def run(monkeypatch, *arguments) -> int:
     return check.main()
 
 
-WRONG = {
-    "no shape": ["--plan", "axbxcxd"],
-    "three sizes": ["--plan", "4x64x56"],
-    "size 0": ["--plan", "0x0x0x0"],
-    "one value per channel": ["--plan", "1x64x1x1"],
-    "larger than a GPU": ["--plan", "100000x100000x1000x1000"],
-    "unknown type": ["--plan", "4x64x56x56", "--dtype", "int8"],
-    "plan and timing": ["--plan", "4x64x56x56", "--json", "rows.json"],
-    "readme and a shape": ["--readme", "--shape", "4x64x56x56"],
-    "neither file nor revision": ["--against", "no such thing"],
-    "unknown option": ["--seeds", "-3"],
+WRONG = {  # arguments, and what is said of them
+    "no shape": ("--plan axbxcxd", "axbxcxd must be NxCxHxW"),
+    "three sizes": ("--plan 4x64x56", "4x64x56 must be NxCxHxW"),
+    "size 0": ("--plan 0x0x0x0", "0x0x0x0 must be NxCxHxW"),
+    "one value per channel": ("--plan 1x64x1x1", "more than one value per channel"),
+    "larger than a GPU": ("--plan 100000x100000x1000x1000", "must fit into"),
+    "unknown type": ("--plan 4x64x56x56 --dtype int8", "invalid choice: 'int8'"),
+    "plan and timing": ("--plan 4x64x56x56 --json rows.json", "--plan goes with"),
+    "readme and a shape": ("--readme --shape 4x64x56x56", "--readme goes with"),
+    "unknown option": ("--seeds -3", "unrecognized arguments: --seeds"),
 }
 
 
-@pytest.mark.parametrize("arguments", WRONG.values(), ids=WRONG)
-def test_wrong_arguments_get_one_line_and_exit_status_2(monkeypatch, capsys, arguments):
+@pytest.mark.parametrize("arguments, expected", WRONG.values(), ids=WRONG)
+def test_wrong_arguments_get_one_line_and_exit_status_2(monkeypatch, capsys, arguments, expected):
     with pytest.raises(SystemExit) as exit:
-        run(monkeypatch, *arguments)
+        run(monkeypatch, *arguments.split())
     assert exit.value.code == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith("check.py: error: ")
+    assert said.count("\n") == 1 and said.startswith("check.py: error: ") and expected in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -45,9 +45,17 @@ def test_timing_needs_a_gpu(monkeypatch, capsys):
     assert "--shape must have a CUDA device, got none" in capsys.readouterr().err
 
 
-def test_plan(monkeypatch, capsys, target):
-    assert run(monkeypatch, "--plan", "16x64x256x256") == 0
-    assert f"{2 * 4 * 16 * 64 * 256 * 256:,}" in capsys.readouterr().out
+@pytest.mark.parametrize("options", ["", "--dtype bfloat16", "--channels-last"])
+def test_plan(monkeypatch, capsys, target, options):
+    """Each field of the text's struct Plan, with what the launch would take for this very x."""
+    assert run(monkeypatch, "--plan", "16x64x256x256", *options.split()) == 0
+    said = capsys.readouterr().out
+    dtype = torch.bfloat16 if "bfloat16" in options else torch.float32
+    assert f"{2 * dtype.itemsize * 16 * 64 * 256 * 256:,}" in said
+    printed = re.findall(r"^  (\w+) +(-?[\d,]+)\b", said, re.MULTILINE)
+    printed = {name: int(value.replace(",", "")) for name, value in printed}
+    plan = target.plan((16, 64, 256, 256), dtype, channels_last="channels-last" in options)
+    assert printed == plan and plan
 
 
 def test_a_field_of_the_plan_without_a_comment_takes_its_place():

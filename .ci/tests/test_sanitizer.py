@@ -13,7 +13,7 @@ import check
 
 CUDA_BIN = "/usr/local/cuda/bin/"
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which(f"{CUDA_BIN}compute-sanitizer")
-WRONG = {name: edits for name, *edits in mutants.MUTANTS}
+WRONG = {name: edits for name, _, *edits in mutants.MUTANTS}
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not SANITIZER, reason="no compute-sanitizer"),

@@ -1,11 +1,11 @@
-"""The path of GPUs without bulk copies and clusters: on such pretended devices, and on any GPU."""
+"""What GPUs before sm_90 execute, on any GPU. Pretended devices execute it in test_case."""
 
 import cases
-import plan
 import pytest
 
 import check
 
+pytestmark = pytest.mark.cuda
 NAMES = (
     "small channels",
     "few channels",
@@ -22,10 +22,8 @@ CASES = {case.name: case for case in cases.CASES}
 
 
 @pytest.fixture(scope="module")
-def sm_80_names(text, device, model_new):
-    """The text compiled as far as PTX of compute capability 8.0; where pretended, as it is."""
-    if device == "cpu":
-        return model_new
+def sm_80_names(text, device):
+    """The text compiled as far as PTX of compute capability 8.0."""
     names = check.execute(check.sm_80_text(text))
     try:
         check.Target(names, device).plan((2, 4, 3, 3), cases.F32)
@@ -39,7 +37,4 @@ def sm_80_names(text, device, model_new):
 @pytest.mark.parametrize("name", NAMES)
 def test_sm_80(target, sm_80_names, name):
     target.names = sm_80_names
-    case = CASES[name] if target.cuda else cases.small_case(CASES[name])
-    cases.pretend(target, cases.Device(5, 32 << 10, (8, 0)), schedule=1)
-
-    check.check_case(target, case)
+    check.check_case(target, CASES[name])

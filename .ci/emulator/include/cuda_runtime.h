@@ -2,14 +2,14 @@
 // Anything else is a compile error on purpose: add it here together with its meaning in runtime/.
 #pragma once
 #include <cstddef>
-// Also the copies that the compiler makes of its own accord go through the checks of runtime/memory.cpp.
+// Also the copies that the compiler makes of its own accord go through the checks of
+// runtime/memory.cpp.
 extern "C" void* memcpy(void*, const void*, std::size_t) noexcept __asm__("emulated_memcpy");
 extern "C" void* memmove(void*, const void*, std::size_t) noexcept __asm__("emulated_memcpy");
 extern "C" void* memset(void*, int, std::size_t) noexcept __asm__("emulated_memset");
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -20,14 +20,16 @@ extern "C" void* memset(void*, int, std::size_t) noexcept __asm__("emulated_mems
 #define __device__
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(...)
 #define __maxnreg__(...)
 #define __grid_constant__
 #define __CUDA_ARCH_LIST__ 10 * emulator::capability()  // as if compiled for the pretended device
 
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
-// Set at each switch of fibres. `const`, since a fibre never sees them change: the compiler may keep them.
+// Set at each switch of fibres. `const`, since a fibre never sees them change: the compiler may
+// keep them.
 extern "C" {
 extern const uint3 threadIdx, blockIdx;
 extern const dim3 blockDim, gridDim;
@@ -38,23 +40,38 @@ extern const dim3 blockDim, gridDim;
 using std::isfinite;
 using std::signbit;
 __forceinline__ double rsqrt(double v) { return 1.0 / std::sqrt(v); }
-template <typename T> __forceinline__ T min(T a, T b) { return b < a ? b : a; }
-template <typename T> __forceinline__ T max(T a, T b) { return a < b ? b : a; }
+template <typename T>
+__forceinline__ T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+__forceinline__ T max(T a, T b) {
+  return a < b ? b : a;
+}
 __forceinline__ float __uint_as_float(unsigned bits) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
 }
-__forceinline__ unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
+__forceinline__ unsigned __umulhi(unsigned a, unsigned b) {
+  return unsigned((uint64_t(a) * b) >> 32);
+}
 
-__forceinline__ void __stcs(uint4* to, uint4 value) { emulator::store_aligned(to, &value, sizeof value); }
-__forceinline__ void __stwb(uint4* to, uint4 value) { emulator::store_aligned(to, &value, sizeof value); }
-__forceinline__ void atomicAdd(unsigned long long* to, unsigned long long value) { emulator::add_atomic(to, value); }
+__forceinline__ void __stcs(uint4* to, uint4 value) {
+  emulator::store_aligned(to, &value, sizeof value);
+}
+__forceinline__ void __stwb(uint4* to, uint4 value) {
+  emulator::store_aligned(to, &value, sizeof value);
+}
+__forceinline__ void atomicAdd(unsigned long long* to, unsigned long long value) {
+  emulator::add_atomic(to, value);
+}
 
 __forceinline__ void __syncthreads() { emulator::sync_block(); }
 __forceinline__ void __syncwarp(unsigned mask = ~0u) { emulator::sync_warp(mask); }
 
-template <typename T> __forceinline__ T __shfl_xor_sync(unsigned mask, T value, int bits) {
+template <typename T>
+__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int bits) {
   static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
   uint64_t word = 0;
   __builtin_memcpy(&word, &value, sizeof(T));
@@ -91,7 +108,9 @@ enum cudaLaunchAttributeID {
 };
 union cudaLaunchAttributeValue {
   int cooperative;
-  struct { unsigned x, y, z; } clusterDim;
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -105,31 +124,47 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+// What a host function returns: kept until cudaGetLastError asks for it.
+inline cudaError_t kept(int error) {
+  if (error) emulator::last_error = error;
+  return cudaError_t(error);
+}
+inline cudaError_t cudaGetLastError() {
+  return cudaError_t(std::exchange(emulator::last_error, cudaSuccess));
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  return cudaError_t(emulator::attribute(which, value));
+  return kept(emulator::attribute(which, value));
 }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-    case cudaErrorLaunchFailure: return "unspecified launch failure";
-    case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
-    case cudaErrorNotSupported: return "operation not supported";
-    case cudaErrorInvalidClusterSize: return "cluster misconfiguration";
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorLaunchFailure:
+      return "unspecified launch failure";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "too many blocks in cooperative launch";
+    case cudaErrorNotSupported:
+      return "operation not supported";
+    case cudaErrorInvalidClusterSize:
+      return "cluster misconfiguration";
   }
   return "unrecognized error code";
 }
 
-template <typename Kernel> cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
-  return cudaError_t(emulator::set_shared_limit(reinterpret_cast<const void*>(kernel), value));
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
+  return kept(emulator::set_shared_limit(reinterpret_cast<const void*>(kernel), value));
 }
 
 // The kernel's parameters are copied for each thread, as each GPU thread has its own.
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<std::decay_t<Parameters>...> arguments;
@@ -137,19 +172,25 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const auto run = [](const void* call) {
     std::apply(static_cast<const Call*>(call)->kernel, static_cast<const Call*>(call)->arguments);
   };
-  emulator::Launch launch{config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, false, 1,
+  emulator::Launch launch{config->gridDim.x,
+                          config->blockDim.x,
+                          config->dynamicSmemBytes,
+                          false,
+                          1,
                           reinterpret_cast<const void*>(kernel)};
-  if (config->gridDim.y * config->gridDim.z * config->blockDim.y * config->blockDim.z != 1) return cudaErrorNotSupported;
+  if (config->gridDim.y * config->gridDim.z * config->blockDim.y * config->blockDim.z != 1)
+    return kept(cudaErrorNotSupported);
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
     if (attribute.id == cudaLaunchAttributeCooperative) {
       launch.cooperative = attribute.val.cooperative;
     } else if (attribute.id == cudaLaunchAttributeClusterDimension) {
-      if (attribute.val.clusterDim.y != 1 || attribute.val.clusterDim.z != 1) return cudaErrorNotSupported;
+      if (attribute.val.clusterDim.y != 1 || attribute.val.clusterDim.z != 1)
+        return kept(cudaErrorNotSupported);
       launch.cluster = attribute.val.clusterDim.x;
     } else {
-      return cudaErrorNotSupported;
+      return kept(cudaErrorNotSupported);
     }
   }
-  return cudaError_t(emulator::launch(launch, run, &call, sizeof call));
+  return kept(emulator::launch(launch, run, &call, sizeof call));
 }

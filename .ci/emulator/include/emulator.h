@@ -1,14 +1,16 @@
 // What the stand-in headers call: the emulated GPU, seen from the CUDA text.
 //
-// The CUDA text is compiled with -fsanitize=thread, which puts a call in front of every load and store;
-// runtime/memory.cpp answers these calls. Everything else that a kernel can do to other threads passes through the
-// functions below. Each may switch to another fibre, so the compiler must not move memory accesses over them
-// (it cannot: they are opaque calls).
+// The CUDA text is compiled with -fsanitize=thread, which puts a call in front of every load and
+// store; runtime/memory.cpp answers these calls. Everything else that a kernel can do to other
+// threads passes through the functions below. Each may switch to another fibre, so the compiler
+// must not move memory accesses over them (it cannot: they are opaque calls).
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
-struct uint3 { unsigned x, y, z; };
+struct uint3 {
+  unsigned x, y, z;
+};
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -16,11 +18,13 @@ struct dim3 {
 
 namespace emulator {
 
+inline thread_local int last_error = 0;  // of a refused call, until somebody asks for it
+
 __attribute__((const)) unsigned char* shared_memory();  // the block's dynamic shared memory
 __attribute__((const)) unsigned lane();
 
-// Barriers of the block, of the grid and the cluster (in two steps), and of the lanes in `mask`. All order memory but the
-// cluster's, which only tells that its blocks run.
+// Barriers of the block, of the grid and the cluster (in two steps), and of the lanes in `mask`.
+// All order memory but the cluster's, which only tells that its blocks run.
 void sync_block();
 void grid_arrive();
 void grid_wait();
@@ -28,7 +32,8 @@ void barrier_cluster_arrive();
 void barrier_cluster_wait();
 void sync_warp(unsigned mask);
 
-// Values between the lanes in `mask`; these do not order memory. Lane i gets the value of lane `from`.
+// Values between the lanes in `mask`; these do not order memory. Lane i gets the value of lane
+// `from`.
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane);
 
 // mbarriers in shared memory, and messages between the blocks of a cluster, which count on them.
@@ -37,8 +42,10 @@ void fence_mbarrier_init();
 void mbarrier_arrive(uint64_t* barrier);
 void mbarrier_arrive_expect_tx(uint64_t* barrier, unsigned bytes);
 void mbarrier_wait(uint64_t* barrier, unsigned parity);
-// `bytes` (8 or 16) to where block `rank` of the cluster has what this block has at `shared`, counted on its `barrier`.
-void send_to_peer(void* shared, unsigned rank, const void* value, unsigned bytes, uint64_t* barrier);
+// `bytes` (8 or 16) to where block `rank` of the cluster has what this block has at `shared`,
+// counted on its `barrier`.
+void send_to_peer(void* shared, unsigned rank, const void* value, unsigned bytes,
+                  uint64_t* barrier);
 
 // Asynchronous copies, which their thread waits for.
 void cp_async_16(void* shared, const void* global);
@@ -60,7 +67,8 @@ struct Launch {
   unsigned cluster;  // blocks of one
   const void* kernel;
 };
-int launch(const Launch& launch, void (*body)(const void* arguments), const void* arguments, size_t argument_bytes);
+int launch(const Launch& launch, void (*body)(const void* arguments), const void* arguments,
+           size_t argument_bytes);
 int attribute(int which, int* value);
 int set_shared_limit(const void* kernel, int bytes);
 int capability();

@@ -1,5 +1,5 @@
-// The state of the emulated GPU during one launch. All of its threads are fibres of one OS thread, so a seed repeats
-// a run exactly and nothing here needs a lock.
+// The state of the emulated GPU during one launch. All of its threads are fibres of one OS thread,
+// so a seed repeats a run exactly and nothing here needs a lock.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -15,9 +15,10 @@ namespace emulator {
 
 using Time = uint32_t;
 
-// A vector clock over the participants of one block: its threads, and the messages to each of its mbarriers, which
-// come in their own time. Entry i: up to which of its steps participant i is known to have come. Then, for each
-// Level, how many barriers of the block's Group are known to be complete: what that tells of other blocks, the Group knows.
+// A vector clock over the participants of one block: its threads, and the messages to each of its
+// mbarriers, which come in their own time. Entry i: up to which of its steps participant i is known
+// to have come. Then, for each Level, how many barriers of the block's Group are known to be
+// complete: what that tells of other blocks, the Group knows.
 struct Clock {
   std::vector<Time> at;
   void join(const Clock& other) {
@@ -28,21 +29,23 @@ struct Clock {
 // One step of one participant, packed: 1 valid, 1 atomic, 26 block, 12 participant, 24 time.
 using Epoch = uint64_t;
 constexpr Epoch kValid = 1ull << 63, kAtomic = 1ull << 62;
-constexpr Epoch kBeforeLaunch = kValid;               // time 0: everyone has seen it
-constexpr Time kNotYet = (1u << 24) - 1;              // a copy that its thread has not awaited yet: nobody has seen it
+constexpr Epoch kBeforeLaunch = kValid;  // time 0: everyone has seen it
+// a copy that its thread has not awaited yet: nobody has seen it
+constexpr Time kNotYet = (1u << 24) - 1;
 constexpr unsigned kMaxBlocks = 1u << 26, kAgents = 4;
 
 // The history of two neighbouring bytes, the smallest element that a kernel handles.
 struct Cell {
-  Epoch write;             // the last one; 0: nobody has written
-  Epoch read;              // the last one, or (not kValid) 1 + an index into `reads`: several, unordered
+  Epoch write;  // the last one; 0: nobody has written
+  Epoch read;   // the last one, or (not kValid) 1 + an index into `reads`: several, unordered
   uint32_t write_place, read_place;  // low half of the return address
 };
 constexpr unsigned kCellBytes = 2;
 
-struct Range {             // a tensor or scratch memory
+struct Range {  // a tensor or scratch memory
   uintptr_t begin, end;
-  bool writable, fresh;    // fresh: allocated by the operator, so unwritten until the kernel (or the host) writes
+  // fresh: allocated by the operator, so unwritten until the kernel (or the host) writes
+  bool writable, fresh;
   std::string name;
   std::vector<Cell> cells;
 };
@@ -60,51 +63,55 @@ struct Fibre {
   Block* block;
   unsigned thread;
   State state = State::kReady;
-  const char* waits_for = "";   // when blocked: what, and at which place of the text
+  const char* waits_for = "";  // when blocked: what, and at which place of the text
   const void* place = nullptr;
   const void* barrier = nullptr;
   unsigned parity = 0;
-  uint64_t result = 0;          // what a shuffle brought
+  uint64_t result = 0;  // what a shuffle brought
   Clock clock;
-  struct Copy { unsigned char* to; const unsigned char* from; };
-  std::vector<Copy> copies;     // of 16 bytes, that it has not awaited yet
-  std::vector<size_t> groups;   // how many of them there were at each cp_async_commit_group
-  unsigned arrivals[kLevels] = {};         // at barriers of its Groups
-  bool arrived[kLevels] = {};              // ... and has not waited since
-  uint64_t path = 0;            // which code it has executed since its whole warp was last together
+  struct Copy {
+    unsigned char* to;
+    const unsigned char* from;
+  };
+  std::vector<Copy> copies;         // of 16 bytes, that it has not awaited yet
+  std::vector<size_t> groups;       // how many of them there were at each cp_async_commit_group
+  unsigned arrivals[kLevels] = {};  // at barriers of its Groups
+  bool arrived[kLevels] = {};       // ... and has not waited since
+  uint64_t path = 0;  // which code it has executed since its whole warp was last together
 };
 
-struct Rendezvous {             // of the lanes of one warp
+struct Rendezvous {  // of the lanes of one warp
   const char* operation;
   unsigned mask, arrived;
   uint64_t value[32], argument[32];
 };
 
-struct Aligned {                // a barrier that takes whole warps
-  unsigned arrived;             // lanes
-  uint64_t path;                // of the first
+struct Aligned {     // a barrier that takes whole warps
+  unsigned arrived;  // lanes
+  uint64_t path;     // of the first
 };
 
 struct Mbarrier {
-  unsigned arrivals, pending;   // per phase; still missing in this one
-  int64_t bytes = 0;            // expected minus landed in this phase
+  unsigned arrivals, pending;  // per phase; still missing in this one
+  int64_t bytes = 0;           // expected minus landed in this phase
   uint64_t phase = 0;
-  Clock gathering, completed;   // what those who arrived in this phase, and up to the last one, had seen
-  unsigned messages = 0;        // in flight
-  int agent = -1;               // participant number of its messages, from the first one on
+  // what those who arrived in this phase, and up to the last one, had seen
+  Clock gathering, completed;
+  unsigned messages = 0;  // in flight
+  int agent = -1;         // participant number of its messages, from the first one on
   const Fibre* initialised_by;
   Epoch initialised;
   bool fenced = false;
-  unsigned shown = 0;           // from this barrier of the cluster on, peers know the initialisation
+  unsigned shown = 0;  // from this barrier of the cluster on, peers know the initialisation
   std::vector<Fibre*> waiting;
 };
 
-struct Group {                  // blocks that a barrier holds together: a cluster, or the grid
+struct Group {  // blocks that a barrier holds together: a cluster, or the grid
   unsigned first, blocks;
-  unsigned arrived = 0, passed = 0;     // threads at this barrier; barriers before it
-  unsigned fewest = ~0u;                // arrivals of a thread that has returned
-  // What is known of each block to those who arrived so far; to those behind the last barrier and behind the one before,
-  // from which some threads may not have come back.
+  unsigned arrived = 0, passed = 0;  // threads at this barrier; barriers before it
+  unsigned fewest = ~0u;             // arrivals of a thread that has returned
+  // What is known of each block to those who arrived so far; to those behind the last barrier and
+  // behind the one before, from which some threads may not have come back.
   std::vector<Clock> gathering, published[2];
   std::vector<Fibre*> waiting;
 };
@@ -116,23 +123,23 @@ struct Block {
   unsigned rank() const { return index - groups[kCluster]->first; }
   std::vector<Fibre> fibres;
   unsigned finished = 0, at_barrier = 0;
-  std::vector<std::vector<Rendezvous>> meetings;        // per warp
-  std::vector<Aligned> arriving, waiting;               // per warp: at the cluster's barrier
-  std::unordered_map<uint32_t, Mbarrier> barriers;      // by offset in shared memory
+  std::vector<std::vector<Rendezvous>> meetings;    // per warp
+  std::vector<Aligned> arriving, waiting;           // per warp: at the cluster's barrier
+  std::unordered_map<uint32_t, Mbarrier> barriers;  // by offset in shared memory
   uint32_t barriers_begin = ~0u, barriers_end = 0;
   unsigned agents = 0;
-  std::vector<Cell> cells;                              // of its shared memory
+  std::vector<Cell> cells;  // of its shared memory
 };
 
-struct Message {                // lands as late as the schedule wants
-  Block* block;                 // in whose shared memory
-  uint32_t barrier;             // offset
+struct Message {     // lands as late as the schedule wants
+  Block* block;      // in whose shared memory
+  uint32_t barrier;  // offset
   unsigned char* to;
   unsigned bytes;
   unsigned char value[16];
 };
 
-struct RelaxedStore {           // done, but not yet seen by those whom nothing has told
+struct RelaxedStore {  // done, but not yet seen by those whom nothing has told
   unsigned char* to;
   unsigned char value[16];
   unsigned bytes;
@@ -143,9 +150,10 @@ struct RelaxedStore {           // done, but not yet seen by those whom nothing 
 
 struct Device {
   int multiprocessors = 3, shared_bytes = 16 * 1024, capability = 90;
+  int granted = 3;  // of them, those that launches may use, as in a green context
 };
 
-struct Random {                 // splitmix64
+struct Random {  // splitmix64
   uint64_t state;
   uint64_t next() {
     uint64_t z = (state += 0x9e3779b97f4a7c15ull);
@@ -159,50 +167,56 @@ struct Random {                 // splitmix64
 struct Machine {
   Device device;
   Launch launch{};
-  uintptr_t arguments_begin, arguments_end;             // of the kernel, which every thread copies
-  std::vector<std::unique_ptr<Block>> slots;            // the resident blocks, cluster by cluster
-  std::vector<Group> clusters;                          // those that are in the slots
+  uintptr_t arguments_begin, arguments_end;   // of the kernel, which every thread copies
+  std::vector<std::unique_ptr<Block>> slots;  // the resident blocks, cluster by cluster
+  std::vector<Group> clusters;                // those that are in the slots
   Group grid;
-  std::vector<Message> messages;                        // in flight
+  std::vector<Message> messages;  // in flight
   std::vector<RelaxedStore> stores;
   std::vector<std::vector<Epoch>> reads;
   Random random{0};
-  uint64_t naps_since_event = 0;                        // an event: something a polling thread may wait for
+  uint64_t naps_since_event = 0;  // an event: something a polling thread may wait for
 };
 extern Machine machine;
-extern Fibre* current;          // the running fibre; null on the host
+extern Fibre* current;  // the running fibre; null on the host
 
 // runtime.cpp
-void record(const char* detector, const std::string& what, const void* place);  // the first is reported
+// the first is reported
+void record(const char* detector, const std::string& what, const void* place);
 [[noreturn]] void fail(const char* detector, const std::string& what, const void* place);
 constexpr size_t kSharedRoom = 256 * 1024;
 unsigned char* shared_of(unsigned slot);
 std::string name_of(const Fibre& fibre);
 std::string name_of(const void* place);
 void make_ready(Fibre& fibre);
-void block_on(const char* waits_for, const void* place);  // until another fibre makes this one ready
+// until another fibre makes this one ready
+void block_on(const char* waits_for, const void* place);
 void require_clusters(const void* place);
-void preempt();                 // another fibre may run here
+void preempt();                       // another fibre may run here
 const void* walk(const void* place);  // the running fibre comes by; gives the place
-void poll(const void* place);   // ... and must, if this one has looked at memory in vain for long
-void land(size_t message);      // copies.cpp: finish machine.messages[message]
-void show(size_t store);        // memory.cpp: machine.stores[store] becomes visible to all
+void poll(const void* place);  // ... and must, if this one has looked at memory in vain for long
+void land(size_t message);     // copies.cpp: finish machine.messages[message]
+void show(size_t store);       // memory.cpp: machine.stores[store] becomes visible to all
 
 // memory.cpp
 enum class Access { kRead, kWrite };
 void reset_cells(Range& range);
-void access(const void* address, size_t bytes, Access kind, bool atomic, Epoch mark, const void* place);
+void access(const void* address, size_t bytes, Access kind, bool atomic, Epoch mark,
+            const void* place);
 void require_aligned(const void* address, size_t alignment, Access kind, const void* place);
 Epoch now(const Fibre& fibre, bool atomic);
 Epoch epoch(const Block& block, unsigned participant, Time time, bool atomic);
 bool has_seen(const Fibre& fibre, Epoch epoch);
 unsigned barriers_known(const Fibre& fibre, Level level);  // to be complete
-Block& visit(unsigned rank, uintptr_t address, Access kind, const void* place);  // of the cluster: must run; the address is in it
-void track(const void* address, size_t bytes, Epoch mark);  // copied bytes: somebody will have seen them, from now on
+// of the cluster: must run; the address is in it
+Block& visit(unsigned rank, uintptr_t address, Access kind, const void* place);
+// copied bytes: somebody will have seen them, from now on
+void track(const void* address, size_t bytes, Epoch mark);
 void poison(void* address, size_t bytes);
 std::vector<Range>& ranges();
 
-// Acquire: what `source` knows, the running fibre knows. Release: the other way round; later steps of it are new.
+// Acquire: what `source` knows, the running fibre knows. Release: the other way round; later steps
+// of it are new.
 void acquire(const Clock& source);
 void release(Clock& target);
 

@@ -11,7 +11,8 @@
 
 #include "machine.h"
 
-// Saves the registers that a callee must keep, changes stacks, restores. (swapcontext would enter the kernel.)
+// Saves the registers that a callee must keep, changes stacks, restores. (swapcontext would enter
+// the kernel.)
 extern "C" void emulator_switch(void** save_stack_pointer, void* load_stack_pointer);
 #if defined(__x86_64__)
 __asm__(R"(
@@ -94,37 +95,47 @@ static const void* body_arguments;
 static unsigned next_cluster, blocks_left;
 static std::vector<unsigned> cluster_order;
 static void* host_stack_pointer;
-static std::string error;                      // of the first detector that fired since it was last taken
+static std::string error;  // of the first detector that fired since it was last taken
 static std::map<const void*, int> shared_limits;
 static const char* const kLevelNames[] = {"cluster", "grid"};
 
 // ---- who runs next
 
-// A fibre that can run waits here under a key; the smallest key runs. A policy is a way to choose keys.
+// A fibre that can run waits here under a key; the smallest key runs. A policy is a way to choose
+// keys.
 struct Ready {
   uint64_t key;
   Fibre* fibre;
-  bool operator<(const Ready& other) const { return key > other.key; }  // std::push_heap keeps the largest in front
+  // std::push_heap keeps the largest in front
+  bool operator<(const Ready& other) const { return key > other.key; }
 };
 static std::vector<Ready> ready;
 static std::vector<Fibre*> napping;
 static uint64_t sequence;
 constexpr uint64_t kStarved = 1ull << 62;
-static struct { int block, warp, lane; } victim;  // kStarve: this lane of this warp of this block; negative: every
-static uint64_t shuffle_window;                // kRandom: how far a fibre may fall behind its turn
-static bool messages_hurry;                    // some launches: messages may also land before they must
+// kStarve: this lane of this warp of this block; negative: every
+static struct {
+  int block, warp, lane;
+} victim;
+static uint64_t shuffle_window;  // kRandom: how far a fibre may fall behind its turn
+static bool messages_hurry;      // some launches: messages may also land before they must
 
 static bool is_victim(const Fibre& fibre) {
   return policy == kStarve && (victim.block < 0 || int(fibre.block->index) == victim.block) &&
-         (victim.warp < 0 || int(fibre.thread / 32) == victim.warp) && (victim.lane < 0 || int(fibre.thread % 32) == victim.lane);
+         (victim.warp < 0 || int(fibre.thread / 32) == victim.warp) &&
+         (victim.lane < 0 || int(fibre.thread % 32) == victim.lane);
 }
 
 static uint64_t key_of(const Fibre& fibre) {
   switch (policy) {
-    case kRoundRobin: return sequence++;
-    case kRandom: return sequence++ + machine.random.below(shuffle_window);
-    case kStarve: return sequence++ + (is_victim(fibre) ? kStarved : 0);
-    case kLastFirst: return kStarved - (uint64_t(fibre.block->index) << 16 | fibre.thread);
+    case kRoundRobin:
+      return sequence++;
+    case kRandom:
+      return sequence++ + machine.random.below(shuffle_window);
+    case kStarve:
+      return sequence++ + (is_victim(fibre) ? kStarved : 0);
+    case kLastFirst:
+      return kStarved - (uint64_t(fibre.block->index) << 16 | fibre.thread);
   }
   return 0;
 }
@@ -144,15 +155,18 @@ static void wake(size_t which) {
 
 [[noreturn]] static void report_deadlock();
 
-// Picks the next fibre. Messages land, and napping threads look again, mostly when nothing else can happen.
+// Picks the next fibre. Messages land, and napping threads look again, mostly when nothing else can
+// happen.
 static Fibre* next_fibre() {
   Machine& m = machine;
   for (;;) {
-    if (messages_hurry && !m.messages.empty() && m.random.below(64) == 0) land(m.random.below(m.messages.size()));
+    if (messages_hurry && !m.messages.empty() && m.random.below(64) == 0)
+      land(m.random.below(m.messages.size()));
     if (!m.stores.empty() && m.random.below(64) == 0) show(m.random.below(m.stores.size()));
     if (!napping.empty() && m.random.below(64) == 0) wake(m.random.below(napping.size()));
     const bool only_starved = !ready.empty() && ready.front().key >= kStarved && policy == kStarve;
-    if (only_starved && !m.messages.empty()) {  // what comes for the victim does not delay it further
+    // what comes for the victim does not delay it further
+    if (only_starved && !m.messages.empty()) {
       land(m.random.below(m.messages.size()));
       continue;
     }
@@ -214,21 +228,25 @@ static void sleep(const void* place) {
 }
 
 const void* walk(const void* place) {
-  current->path = (current->path ^ uintptr_t(place)) * 0x9e3779b97f4a7c15ull;  // a hash of all places in turn
+  // a hash of all places in turn
+  current->path = (current->path ^ uintptr_t(place)) * 0x9e3779b97f4a7c15ull;
   return place;
 }
 
 void nanosleep() { sleep(walk(__builtin_return_address(0))); }
 
 void poll(const void* place) {
-  if (++machine.naps_since_event % 64) preempt();
-  else sleep(place);
+  if (++machine.naps_since_event % 64)
+    preempt();
+  else
+    sleep(place);
 }
 
 // ---- errors
 
 std::string name_of(const Fibre& fibre) {
-  return "thread " + std::to_string(fibre.thread) + " of block " + std::to_string(fibre.block->index);
+  return "thread " + std::to_string(fibre.thread) + " of block " +
+         std::to_string(fibre.block->index);
 }
 
 // "[library+0xoffset]", which emulator_end turns into a line of the CUDA text.
@@ -242,15 +260,17 @@ std::string name_of(const void* place) {
 
 static const char* const kPolicyNames[] = {"round_robin", "random", "starve", "last_first"};
 
-struct Failed {};               // from the host's own stack; a fibre is left behind instead
+struct Failed {};  // from the host's own stack; a fibre is left behind instead
 
 void record(const char* detector, const std::string& what, const void* place) {
   if (error.empty()) {
     const Device& d = machine.device;
-    error = std::string("emulator: ") + detector + ": " + what + (place ? "\n  at " + name_of(place) : "") +
-            "\n  seed " + std::to_string(seed) + ", policy " + kPolicyNames[policy] + ", launch " + std::to_string(launches) +
-            " since set_schedule; device: " + std::to_string(d.multiprocessors) + " multiprocessors, " +
-            std::to_string(d.shared_bytes) + " bytes of shared memory, capability " + std::to_string(d.capability / 10) + "." +
+    error = std::string("emulator: ") + detector + ": " + what +
+            (place ? "\n  at " + name_of(place) : "") + "\n  seed " + std::to_string(seed) +
+            ", policy " + kPolicyNames[policy] + ", launch " + std::to_string(launches) +
+            " since set_schedule; device: " + std::to_string(d.multiprocessors) +
+            " multiprocessors, " + std::to_string(d.shared_bytes) +
+            " bytes of shared memory, capability " + std::to_string(d.capability / 10) + "." +
             std::to_string(d.capability % 10);
   }
 }
@@ -271,23 +291,26 @@ static void report_deadlock() {
     unsigned first = 0, last = 0;
     const auto flush = [&] {
       if (!previous.empty())
-        text += "\n    block " + std::to_string(block->index) + ", threads " + std::to_string(first) + " to " +
-                std::to_string(last) + ": " + previous;
+        text += "\n    block " + std::to_string(block->index) + ", threads " +
+                std::to_string(first) + " to " + std::to_string(last) + ": " + previous;
     };
     for (const Fibre& fibre : block->fibres) {
       std::string now = "finished";
-      if (fibre.state != State::kFinished) now = std::string(fibre.waits_for) + " at " + name_of(fibre.place);
+      if (fibre.state != State::kFinished)
+        now = std::string(fibre.waits_for) + " at " + name_of(fibre.place);
       if (fibre.state == State::kBlocked && !strcmp(fibre.waits_for, "mbarrier_wait")) {
         const unsigned offset = unsigned(uintptr_t(fibre.barrier) - uintptr_t(block->shared));
         const Mbarrier& b = block->barriers.at(offset);
-        now += " on shared memory + " + std::to_string(offset) + " for parity " + std::to_string(fibre.parity) +
-               " (in phase " + std::to_string(b.phase) + ", " + std::to_string(b.pending) + " of " +
-               std::to_string(b.arrivals) + " arrivals and " + std::to_string(b.bytes) + " bytes missing)";
+        now += " on shared memory + " + std::to_string(offset) + " for parity " +
+               std::to_string(fibre.parity) + " (in phase " + std::to_string(b.phase) + ", " +
+               std::to_string(b.pending) + " of " + std::to_string(b.arrivals) + " arrivals and " +
+               std::to_string(b.bytes) + " bytes missing)";
       }
       for (int level = 0; level < kLevels; ++level) {
         const Group& group = *block->groups[level];
         if (fibre.state == State::kBlocked && fibre.arrivals[level] > group.passed)
-          now += " (" + std::to_string(group.arrived) + " of " + std::to_string(group.blocks * machine.launch.threads) +
+          now += " (" + std::to_string(group.arrived) + " of " +
+                 std::to_string(group.blocks * machine.launch.threads) +
                  " threads have arrived at the barrier of the " + kLevelNames[level] + ")";
       }
       if (now != previous) {
@@ -309,8 +332,10 @@ static void merge_clocks(Block& block) {
   const unsigned threads = machine.launch.threads;
   Clock all = block.fibres[0].clock;
   for (Fibre& fibre : block.fibres) {
-    all.at[fibre.thread] = fibre.clock.at[fibre.thread]++;  // nobody knows more of a thread than itself
-    for (size_t i = threads; i < all.at.size(); ++i) all.at[i] = std::max(all.at[i], fibre.clock.at[i]);
+    // nobody knows more of a thread than itself
+    all.at[fibre.thread] = fibre.clock.at[fibre.thread]++;
+    for (size_t i = threads; i < all.at.size(); ++i)
+      all.at[i] = std::max(all.at[i], fibre.clock.at[i]);
   }
   for (Fibre& fibre : block.fibres) {
     const Time own = fibre.clock.at[fibre.thread];
@@ -322,7 +347,9 @@ static void merge_clocks(Block& block) {
 void sync_block() {
   const void* place = __builtin_return_address(0);
   Block& block = *current->block;
-  if (block.finished) fail("barrier", name_of(*current) + " reaches __syncthreads after other threads have returned", place);
+  if (block.finished)
+    fail("barrier", name_of(*current) + " reaches __syncthreads after other threads have returned",
+         place);
   if (++block.at_barrier < machine.launch.threads) return block_on("__syncthreads", place);
   block.at_barrier = 0;
   merge_clocks(block);
@@ -332,28 +359,39 @@ void sync_block() {
   preempt();
 }
 
-static std::string barrier_of(Level level) { return std::string("the barrier of the ") + kLevelNames[level]; }
+static std::string barrier_of(Level level) {
+  return std::string("the barrier of the ") + kLevelNames[level];
+}
 
-// What a thread does between its arrival and its wait is ordered before nobody's code behind this barrier.
+// What a thread does between its arrival and its wait is ordered before nobody's code behind this
+// barrier.
 static void arrive(Level level, const void* place) {
   Fibre& fibre = *current;
   Group& group = *fibre.block->groups[level];
-  if (fibre.arrived[level]) fail("barrier", name_of(fibre) + " arrives twice at " + barrier_of(level) + " without a wait", place);
+  if (fibre.arrived[level])
+    fail("barrier", name_of(fibre) + " arrives twice at " + barrier_of(level) + " without a wait",
+         place);
   if (fibre.arrivals[level] >= group.fewest)
-    fail("barrier", name_of(fibre) + " reaches " + barrier_of(level) + " after other threads have returned", place);
-  if (group.gathering.empty()) group.gathering.assign(group.blocks, Clock{std::vector<Time>(fibre.clock.at.size())});
-  if (level == kGrid) release(group.gathering[fibre.block->index - group.first]);  // the cluster's barrier orders no memory
+    fail("barrier",
+         name_of(fibre) + " reaches " + barrier_of(level) + " after other threads have returned",
+         place);
+  if (group.gathering.empty())
+    group.gathering.assign(group.blocks, Clock{std::vector<Time>(fibre.clock.at.size())});
+  // the cluster's barrier orders no memory
+  if (level == kGrid) release(group.gathering[fibre.block->index - group.first]);
   fibre.arrived[level] = true;
   ++fibre.arrivals[level];
   if (++group.arrived < group.blocks * machine.launch.threads) return;
   group.arrived = 0;
   ++group.passed;
-  const size_t known = machine.launch.threads + kAgents;  // barriers, which are all blocks' knowledge now
+  // barriers, which are all blocks' knowledge now
+  const size_t known = machine.launch.threads + kAgents;
   Time passed[kLevels] = {};
   for (const Clock& clock : group.gathering)
     for (int i = 0; i < kLevels; ++i) passed[i] = std::max(passed[i], clock.at[known + i]);
   passed[level] = group.passed;
-  for (Clock& clock : group.gathering) std::copy(passed, passed + kLevels, clock.at.begin() + known);
+  for (Clock& clock : group.gathering)
+    std::copy(passed, passed + kLevels, clock.at.begin() + known);
   group.published[group.passed & 1] = group.gathering;
   for (Fibre* waiting : group.waiting) make_ready(*waiting);
   group.waiting.clear();
@@ -363,7 +401,9 @@ static void wait(Level level, const char* name, const void* place) {
   preempt();
   Fibre& fibre = *current;
   Group& group = *fibre.block->groups[level];
-  if (!fibre.arrived[level]) fail("barrier", name_of(fibre) + " waits at " + barrier_of(level) + " without having arrived", place);
+  if (!fibre.arrived[level])
+    fail("barrier", name_of(fibre) + " waits at " + barrier_of(level) + " without having arrived",
+         place);
   if (group.passed < fibre.arrivals[level]) {
     group.waiting.push_back(&fibre);
     block_on(name, place);
@@ -374,7 +414,8 @@ static void wait(Level level, const char* name, const void* place) {
 
 void grid_arrive() {
   const void* place = __builtin_return_address(0);
-  if (!machine.launch.cooperative) fail("barrier", "a barrier of the grid in a launch that is not cooperative", place);
+  if (!machine.launch.cooperative)
+    fail("barrier", "a barrier of the grid in a launch that is not cooperative", place);
   preempt();
   arrive(kGrid, place);
 }
@@ -385,14 +426,20 @@ void require_clusters(const void* place) {
   if (machine.device.capability < 90) fail("device", "clusters need compute capability 9.0", place);
 }
 
-// `.aligned`: all lanes of the warp execute the barrier together. They do if they have taken the same path since they were last
-// known to be together; behind a branch or a loop that took some of them elsewhere, __syncwarp must bring them together.
-static void require_whole_warp(const char* operation, std::vector<Aligned>& warps, const void* place) {
-  const unsigned warp = current->thread / 32, lanes = std::min(32u, machine.launch.threads - warp * 32);
+// `.aligned`: all lanes of the warp execute the barrier together. They do if they have taken the
+// same path since they were last known to be together; behind a branch or a loop that took some of
+// them elsewhere, __syncwarp must bring them together.
+static void require_whole_warp(const char* operation, std::vector<Aligned>& warps,
+                               const void* place) {
+  const unsigned warp = current->thread / 32,
+                 lanes = std::min(32u, machine.launch.threads - warp * 32);
   Aligned& at = warps[warp];
   if (at.arrived == 0) at.path = current->path;
   if (at.path != current->path)
-    fail("warp", name_of(*current) + " is at the aligned " + operation + " apart from other lanes of its warp: no __syncwarp before it", place);
+    fail("warp",
+         name_of(*current) + " is at the aligned " + operation +
+             " apart from other lanes of its warp: no __syncwarp before it",
+         place);
   at.arrived = (at.arrived + 1) % lanes;
   current->path = 0;
 }
@@ -412,24 +459,34 @@ void barrier_cluster_wait() {
   wait(kCluster, "barrier_cluster_wait", place);
 }
 
-// Lanes of a warp meet: each brings a value and an argument; the last one to come serves them all by `finish`.
+// Lanes of a warp meet: each brings a value and an argument; the last one to come serves them all
+// by `finish`.
 template <typename Finish>
-static void meet(const char* operation, unsigned mask, uint64_t value, uint64_t argument, const void* place, Finish finish) {
+static void meet(const char* operation, unsigned mask, uint64_t value, uint64_t argument,
+                 const void* place, Finish finish) {
   Block& block = *current->block;
   const unsigned warp = current->thread / 32, first = warp * 32, me = current->thread % 32;
   const unsigned lanes = std::min(32u, machine.launch.threads - first);
   if (lanes < 32) mask &= (1u << lanes) - 1;
-  if (!(mask >> me & 1)) fail("warp", name_of(*current) + " calls " + operation + " without being in its mask", place);
+  if (!(mask >> me & 1))
+    fail("warp", name_of(*current) + " calls " + operation + " without being in its mask", place);
   auto& meetings = block.meetings[warp];
-  auto meeting = std::find_if(meetings.begin(), meetings.end(), [&](const Rendezvous& r) { return (r.mask & mask) != 0; });
+  auto meeting = std::find_if(meetings.begin(), meetings.end(),
+                              [&](const Rendezvous& r) { return (r.mask & mask) != 0; });
   if (meeting == meetings.end()) {
     for (unsigned lane = 0; lane < lanes; ++lane)
       if ((mask >> lane & 1) && block.fibres[first + lane].state == State::kFinished)
-        fail("warp", name_of(*current) + " calls " + operation + " with lane " + std::to_string(lane) + ", which has returned", place);
+        fail("warp",
+             name_of(*current) + " calls " + operation + " with lane " + std::to_string(lane) +
+                 ", which has returned",
+             place);
     meeting = meetings.insert(meetings.end(), Rendezvous{operation, mask, 0, {}, {}});
   }
   if (meeting->mask != mask || strcmp(meeting->operation, operation))
-    fail("warp", name_of(*current) + " calls " + operation + " while other lanes of its warp wait in " + meeting->operation, place);
+    fail("warp",
+         name_of(*current) + " calls " + operation + " while other lanes of its warp wait in " +
+             meeting->operation,
+         place);
   meeting->arrived |= 1u << me;
   meeting->value[me] = value;
   meeting->argument[me] = argument;
@@ -445,17 +502,18 @@ static void meet(const char* operation, unsigned mask, uint64_t value, uint64_t 
 }
 
 void sync_warp(unsigned mask) {
-  meet("__syncwarp", mask, 0, 0, __builtin_return_address(0), [](const Rendezvous& r, Fibre* lanes) {
-    Clock all = current->clock;
-    for (unsigned i = 0; i < 32; ++i)
-      if (r.mask >> i & 1) all.join(lanes[i].clock);
-    for (unsigned i = 0; i < 32; ++i) {
-      if (!(r.mask >> i & 1)) continue;
-      const Time own = lanes[i].clock.at[lanes[i].thread] + 1;
-      lanes[i].clock = all;
-      lanes[i].clock.at[lanes[i].thread] = own;
-    }
-  });
+  meet("__syncwarp", mask, 0, 0, __builtin_return_address(0),
+       [](const Rendezvous& r, Fibre* lanes) {
+         Clock all = current->clock;
+         for (unsigned i = 0; i < 32; ++i)
+           if (r.mask >> i & 1) all.join(lanes[i].clock);
+         for (unsigned i = 0; i < 32; ++i) {
+           if (!(r.mask >> i & 1)) continue;
+           const Time own = lanes[i].clock.at[lanes[i].thread] + 1;
+           lanes[i].clock = all;
+           lanes[i].clock.at[lanes[i].thread] = own;
+         }
+       });
 }
 
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane) {
@@ -464,7 +522,10 @@ uint64_t shuffle(unsigned mask, uint64_t value, unsigned from_lane) {
     for (unsigned i = 0; i < 32; ++i) {
       if (!(r.mask >> i & 1)) continue;
       if (!(r.mask >> (r.argument[i] & 31) & 1))
-        fail("warp", name_of(lanes[i]) + " shuffles from lane " + std::to_string(r.argument[i]) + ", which is not in the mask", place);
+        fail("warp",
+             name_of(lanes[i]) + " shuffles from lane " + std::to_string(r.argument[i]) +
+                 ", which is not in the mask",
+             place);
       lanes[i].result = r.value[r.argument[i] & 31];
     }
   });
@@ -481,8 +542,10 @@ constexpr size_t kStackBytes = 64 * 1024, kGuardBytes = 4096;
 // Stacks and shared memory are mapped once and kept, each behind an unmapped page.
 static char* mapping(std::vector<char*>& pool, size_t index, size_t bytes) {
   while (pool.size() <= index) {
-    char* memory = static_cast<char*>(mmap(nullptr, bytes + kGuardBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    if (memory == MAP_FAILED || mprotect(memory + kGuardBytes, bytes, PROT_READ | PROT_WRITE) != 0) abort();
+    char* memory = static_cast<char*>(mmap(nullptr, bytes + kGuardBytes, PROT_NONE,
+                                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (memory == MAP_FAILED || mprotect(memory + kGuardBytes, bytes, PROT_READ | PROT_WRITE) != 0)
+      abort();
     pool.push_back(memory + kGuardBytes);
   }
   return pool[index];
@@ -497,17 +560,22 @@ static void fibre_main() {
   body(body_arguments);
   Fibre& fibre = *current;
   Block& block = *fibre.block;
-  if (!fibre.copies.empty()) fail("barrier", name_of(fibre) + " returns with copies that no wait has awaited", nullptr);
-  if (block.at_barrier) fail("barrier", name_of(fibre) + " returns while other threads wait at __syncthreads", nullptr);
+  if (!fibre.copies.empty())
+    fail("barrier", name_of(fibre) + " returns with copies that no wait has awaited", nullptr);
+  if (block.at_barrier)
+    fail("barrier", name_of(fibre) + " returns while other threads wait at __syncthreads", nullptr);
   for (int level = 0; level < kLevels; ++level) {
     Group& group = *block.groups[level];
     group.fewest = std::min(group.fewest, fibre.arrivals[level]);
     if (group.arrived > 0 && group.fewest <= group.passed)
-      fail("barrier", name_of(fibre) + " returns while other threads are at " + barrier_of(Level(level)), nullptr);
+      fail("barrier",
+           name_of(fibre) + " returns while other threads are at " + barrier_of(Level(level)),
+           nullptr);
   }
   fibre.state = State::kFinished;
   machine.naps_since_event = 0;
-  if (++block.finished == machine.launch.threads) leave_to_host();  // which cleans up, then runs the others
+  // which cleans up, then runs the others
+  if (++block.finished == machine.launch.threads) leave_to_host();
   run(next_fibre());
 }
 
@@ -555,7 +623,9 @@ static void start_cluster(unsigned place) {
 
 static void finish_block(Block& block) {
   for (const Message& message : machine.messages)
-    if (message.block == &block) fail("barrier", "block " + std::to_string(block.index) + " ends with messages in flight", nullptr);
+    if (message.block == &block)
+      fail("barrier", "block " + std::to_string(block.index) + " ends with messages in flight",
+           nullptr);
   --blocks_left;
   const unsigned blocks = machine.launch.cluster, place = block.slot / blocks;
   machine.slots[block.slot].reset();
@@ -566,24 +636,30 @@ static void finish_block(Block& block) {
 
 // ---- launches
 
-constexpr unsigned kMaxThreads = 24 * 1024;  // at a time: each has a stack of its own, and the host counts mappings
+// at a time: each has a stack of its own, and the host counts mappings
+constexpr unsigned kMaxThreads = 24 * 1024;
 
-static int reserved_bytes() { return machine.device.capability < 80 ? 0 : 1024; }  // by the system, of each block
+// by the system, of each block
+static int reserved_bytes() { return machine.device.capability < 80 ? 0 : 1024; }
 
-// Blocks of the launch that are resident at once. Registers, which nobody counts here, are enough for 1152 threads of a
-// multiprocessor, as a kernel with 56 of them leaves room for.
+// Blocks of the launch that are resident at once. Registers, which nobody counts here, are enough
+// for 1152 threads of a multiprocessor, as a kernel with 56 of them leaves room for.
 static unsigned resident_blocks(const Launch& launch) {
   const Device& device = machine.device;
-  const unsigned bytes = unsigned(launch.shared_bytes + 127) / 128 * 128 + reserved_bytes(), warps = (launch.threads + 31) / 32;
+  const unsigned bytes = unsigned(launch.shared_bytes + 127) / 128 * 128 + reserved_bytes(),
+                 warps = (launch.threads + 31) / 32;
   const unsigned by_shared = unsigned(device.shared_bytes + reserved_bytes()) / std::max(bytes, 1u);
-  return unsigned(device.multiprocessors) * std::max(1u, std::min(by_shared, 36 / warps));
+  return unsigned(device.granted) * std::max(1u, std::min(by_shared, 36 / warps));
 }
 
-int launch(const Launch& launch, void (*launch_body)(const void*), const void* arguments, size_t argument_bytes) {
+int launch(const Launch& launch, void (*launch_body)(const void*), const void* arguments,
+           size_t argument_bytes) {
   const Device& device = machine.device;
   const auto limit = shared_limits.find(launch.kernel);
   if (launch.blocks == 0 || launch.threads == 0 || launch.threads > 1024) return 9;
-  if (launch.shared_bytes > size_t(limit == shared_limits.end() ? std::min(device.shared_bytes, 48 * 1024) : limit->second))
+  if (launch.shared_bytes > size_t(limit == shared_limits.end()
+                                       ? std::min(device.shared_bytes, 48 * 1024)
+                                       : limit->second))
     return 1;
   if (launch.cluster == 0) return 1;
   if (launch.cluster > 1 && device.capability < 90) return 801;
@@ -593,9 +669,13 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
   if (launch.cooperative && launch.blocks > resident) return 720;
   if (!error.empty()) return 719;
   ++launches;
-  if (launch.blocks >= kMaxBlocks) record("limit", "more blocks than the emulator can number", nullptr);
-  resident = std::min({resident, launch.blocks, std::max(1u, kMaxThreads / launch.threads / launch.cluster) * launch.cluster});
-  if (launch.cooperative && launch.blocks > resident) record("limit", "more resident threads than the emulator has stacks for", nullptr);
+  if (launch.blocks >= kMaxBlocks)
+    record("limit", "more blocks than the emulator can number", nullptr);
+  resident =
+      std::min({resident, launch.blocks,
+                std::max(1u, kMaxThreads / launch.threads / launch.cluster) * launch.cluster});
+  if (launch.cooperative && launch.blocks > resident)
+    record("limit", "more resident threads than the emulator has stacks for", nullptr);
 
   machine.launch = launch;
   machine.arguments_begin = uintptr_t(arguments);
@@ -618,15 +698,23 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
   shuffle_window = random.below(2) ? 64 : 1 << 20;
   victim = {int(random.below(launch.blocks)), int(random.below((launch.threads + 31) / 32)), -1};
   switch (random.below(5)) {
-    case 0: victim.block = -1; break;
-    case 1: victim.warp = -1; break;
-    case 2: victim.lane = int(random.below(32)); break;
-    case 3: victim.lane = int(random.below(32)), victim.warp = 0;  // the warp with most to do alone
+    case 0:
+      victim.block = -1;
+      break;
+    case 1:
+      victim.warp = -1;
+      break;
+    case 2:
+      victim.lane = int(random.below(32));
+      break;
+    case 3:
+      victim.lane = int(random.below(32)), victim.warp = 0;  // the warp with most to do alone
   }
   cluster_order.resize(launch.blocks / launch.cluster);
   for (unsigned i = 0; i < cluster_order.size(); ++i) cluster_order[i] = i;
   if (policy != kRoundRobin)
-    for (size_t i = cluster_order.size(); i > 1; --i) std::swap(cluster_order[i - 1], cluster_order[random.below(i)]);
+    for (size_t i = cluster_order.size(); i > 1; --i)
+      std::swap(cluster_order[i - 1], cluster_order[random.below(i)]);
   next_cluster = 0;
   blocks_left = launch.blocks;
   body = launch_body;
@@ -649,9 +737,11 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
 
 int attribute(int which, int* value) {
   const Device& device = machine.device;
-  const std::map<int, int> values = {
-      {16, device.multiprocessors}, {75, device.capability / 10}, {76, device.capability % 10}, {97, device.shared_bytes},
-      {111, reserved_bytes()}};
+  const std::map<int, int> values = {{16, device.multiprocessors},
+                                     {75, device.capability / 10},
+                                     {76, device.capability % 10},
+                                     {97, device.shared_bytes},
+                                     {111, reserved_bytes()}};
   const auto found = values.find(which);
   if (found == values.end()) return 801;
   *value = found->second;
@@ -670,12 +760,15 @@ int capability() { return machine.device.capability; }
 
 static bool in_call;
 
-// The line of the CUDA text that was compiled to the code at `place`, "[library+0xoffset]"; "" if nobody knows.
+// The line of the CUDA text that was compiled to the code at `place`, "[library+0xoffset]"; "" if
+// nobody knows.
 static std::string line_of(const std::string& place) {
   const size_t plus = place.rfind('+');
-  // A return address: the call is just before it. With -i, innermost first; the first in the text is the place.
+  // A return address: the call is just before it. With -i, innermost first; the first in the text
+  // is the place.
   const std::string before = std::to_string(std::stoull(place.substr(plus + 3), nullptr, 16) - 1);
-  const std::string command = "addr2line -i -e '" + place.substr(1, plus - 1) + "' $(printf %x " + before + ") 2> /dev/null";
+  const std::string command = "addr2line -i -e '" + place.substr(1, plus - 1) + "' $(printf %x " +
+                              before + ") 2> /dev/null";
   FILE* const found = popen(command.c_str(), "r");
   char text[4096];
   std::string line;
@@ -702,8 +795,8 @@ static std::string with_lines(std::string text) {
 }
 
 extern "C" {
-void emulator_set_device(int multiprocessors, int shared_bytes, int capability) {
-  machine.device = {multiprocessors, shared_bytes, capability};
+void emulator_set_device(int multiprocessors, int shared_bytes, int capability, int granted) {
+  machine.device = {multiprocessors, shared_bytes, capability, granted};
   shared_limits.clear();
 }
 
@@ -724,16 +817,20 @@ void emulator_expose(uintptr_t address, size_t bytes, int writable, int fresh, c
   if (!in_call || bytes == 0) return;
   Range range{address, address + bytes, writable != 0, fresh != 0, name, {}};
   auto& all = ranges();
-  all.insert(std::upper_bound(all.begin(), all.end(), range, [](const Range& a, const Range& b) { return a.begin < b.begin; }),
+  all.insert(std::upper_bound(all.begin(), all.end(), range,
+                              [](const Range& a, const Range& b) { return a.begin < b.begin; }),
              std::move(range));
 }
 
 int emulator_in_call() { return in_call; }
 
-// Memory that the operator frees before it returns: a kernel that still runs on a GPU may use it no more than others.
+// Memory that the operator frees before it returns: a kernel that still runs on a GPU may use it no
+// more than others.
 void emulator_conceal(uintptr_t address) {
   auto& all = ranges();
-  all.erase(std::remove_if(all.begin(), all.end(), [&](const Range& r) { return r.begin == address; }), all.end());
+  all.erase(
+      std::remove_if(all.begin(), all.end(), [&](const Range& r) { return r.begin == address; }),
+      all.end());
 }
 
 const char* emulator_end() {
