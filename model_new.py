@@ -1025,6 +1025,10 @@ struct Channel {  // what a channel has of parameters and buffers
 // Sum of `count` slots `stride` apart, of which this lane takes number `part` and every parts-th
 // after it. Polls those that have not arrived.
 constexpr int kSlots = 5;  // in flight to a lane: with 32 lanes, those of 132 blocks at once
+// Whether each block adds up the sums of all the team's blocks for itself, with so many lanes.
+__host__ __device__ constexpr bool sums_directly(int team, int lanes) {
+  return team <= 4 * kSlots * lanes;
+}
 template <typename A>
 __device__ Sums<A> gather(const SumSlot<A>* slots, int count, int stride, int part, int parts) {
   const SumSlot<A> nothing = {0, A(-0.0)};  // arrived, and adds 0
@@ -1152,14 +1156,14 @@ struct ExchangeWarp {
   // leaves the team's sums for all.
   __device__ Sums<A> team_sums(int i, const Sums<A>& own) const {
     const int team = a.team.divisor, channels = keeps_column(kLayout) ? a.channels : 1;
-    const bool exists = channel < channels, few = team <= 4 * kSlots * parts;
+    const bool exists = channel < channels;
     unsigned char* const group = a.scratch + int64_t(b.group(i)) * a.group_bytes;
     auto* const counter = reinterpret_cast<unsigned long long*>(group + unit * kLineBytes);
     auto* const slots = reinterpret_cast<SumSlot<A>*>(group + a.units * kLineBytes);
     auto* const totals = slots + team * channels;
     if (exists && part == 0)
       st_relaxed(&slots[b.rank * channels + channel], SumSlot<A>{own.s1, -own.s2});
-    if (few) {
+    if (sums_directly(team, parts)) {
       // The counter saves polling all the slots, which would take L2's time; it orders nothing.
       if (b.lane == 0) atomicAdd(counter, 1);
       while (b.lane == 0 && ld_relaxed(counter) < team) nanosleep();
@@ -1349,26 +1353,32 @@ struct Device {
   }
 };
 
-// What a plan takes: fitted to plans timed on an H200, by check.py --nets --regret.
-constexpr double kBytes = 30300;        // bytes that memory moves in a µs for one multiprocessor
-constexpr double kVector = .26;         // µs for a vector of each thread: summed and stored
-constexpr double kMaskedVector = .42;   // µs where not all elements of a vector may count
-constexpr double kWarp = .1;            // µs for a worker warp of a multiprocessor, in each round
-constexpr double kExchange = 2.5;       // µs from a block's last vector to its first store
-constexpr double kTeamExchange = 1.1;   // µs more with a team of as many blocks as multiprocessors
-constexpr double kMessage = .00021;     // µs for a channel's sums that a block gets from another
-constexpr double kPartial = .067;       // µs for each NHWC partial sum that a lane adds up
-constexpr double kGridLaunch = 3.3;     // µs more for a cooperative launch
-constexpr double kBusiest = .3;         // of the busiest multiprocessor's bytes against the mean
-constexpr double kSplitLine = .4;       // of bytes in cache lines that groups share
-constexpr double kReread = .38;         // of bytes read again that L2 does not hold
-constexpr int64_t kBytesPerCycle = 16;  // that a multiprocessor reads while others read too
-constexpr double kLastWave = .35;       // of the last wave's idle part
-
-// What is tried: worker warps of a multiprocessor, channels of packed planes, teams that read
-// vectors again, numbers of teams of a group, and all up to a few. Little else was ever the fastest.
-constexpr double kLeastWarps = 10, kMostWarps = 24, kMostPixelWarps = 20;
-constexpr int kMostPacked = 16, kRereadTeams = 2, kMostTries = 16, kFewTeams = 8;
+// What a plan takes. All but the last are fitted to 41,000 timed plans of 339 shapes on an H200, as
+// check.py --nets --regret times them.
+constexpr double kBytes = 46570;        // bytes a µs that memory moves for one multiprocessor
+constexpr double kVector = .0948;       // µs to sum and store one vector of each thread
+constexpr double kMaskedVector = .29;   // µs for that where not all elements of a vector count
+constexpr double kWarp = .0445;         // µs for each worker warp of a multiprocessor, a round
+constexpr double kExposed = 1.7;        // of a round's work, what nothing hides at the end
+constexpr double kExchange = 3.4;       // µs from a block's last vector to its first store
+constexpr double kHop = 1.03;           // µs more for each time that blocks read others' sums
+constexpr double kPartial = .0588;      // µs more for each partial sum that a lane adds
+constexpr double kGridLaunch = 1.52;    // µs more for a cooperative launch
+constexpr double kStaggered = .7;       // of an exchange, what staggered blocks do not hide
+constexpr double kBusiest = .26;        // weight of the busiest multiprocessor's bytes
+constexpr double kSplitLine = .184;     // weight of bytes in cache lines that groups share
+constexpr double kReread = 1.1;         // weight of bytes read again that L2 does not hold
+constexpr double kLastWave = .35;       // weight of the last wave's idle part
+constexpr int64_t kBytesPerCycle = 16;  // that a multiprocessor reads while all others do
+// What is tried. Little else was ever the fastest.
+constexpr int kVectorsOfBlocks[] = {1, 2, 3, 4, 6, 8, 11, 14, 18, 24};  // of a thread, no team
+constexpr double kLeastWarps = 8, kMostWarps = 24;  // workers of a multiprocessor
+constexpr int kMostPacked = 16;                     // channels of packed planes
+constexpr int kFewTeams = 8;                        // all numbers of teams up to this one
+constexpr int kLeastVectors = 2;                    // NHWC: of a pixel, whole sectors of 32 bytes
+constexpr int kRereadTeams = 2;                     // teams that may read vectors again
+constexpr int kMostTurns = 8;                       // blocks of a multiprocessor that are staggered
+constexpr double kLeastStaggered = 11e6;  // bytes of x below which blocks are not staggered
 constexpr int64_t kEvalBytes = 28 << 10;  // of a block in eval mode, where none waits for another
 constexpr int kEvalVectors = 14;          // of its threads
 constexpr size_t kMostKept = 1000;        // plans that a thread remembers
@@ -1444,9 +1454,6 @@ struct Planner {
       kVectorBytes * std::max(double(call.N) * call.C * call.HW / size, 1.) / multiprocessors;
   Plan best = {};
   double best_cost = INFINITY;
-
-  // Two things at once take little more than the longer one.
-  static double overlap(double a, double b) { return std::sqrt(std::hypot(a * a, b * b)); }
 
   // The plan of a group with so many teams, in each so many blocks, so many groups in flight; and
   // how an exchange is cut.
@@ -1532,7 +1539,10 @@ struct Planner {
   // The same with blocks of a multiprocessor that start one after the other. If more blocks than are
   // co-resident follow later, no block more may be than in turns.
   std::optional<Plan> staggered(const std::optional<Plan>& of) const {
-    if (!of || of->cooperative || resident(*of) < 2 || of->teams <= multiprocessors) return {};
+    const double x_bytes = part * multiprocessors;
+    if (!of || x_bytes < kLeastStaggered || resident(*of) < 2 || resident(*of) > kMostTurns ||
+        of->teams <= multiprocessors)
+      return {};
     Plan p = *of;
     p.multiprocessors = multiprocessors;
     p.stagger_turns = resident(p);
@@ -1552,35 +1562,50 @@ struct Planner {
          std::max(resident_threads(p.layout, size, p.deep, extra) / block_threads(p), 1), 32}));
   }
 
-  // What the plan takes, in µs. In each round, a multiprocessor moves, sums and stores a group's
-  // share in each of its blocks and waits for the teams' sums, unless other groups or blocks keep
-  // it busy.
+  // µs of the exchange: from a block's last vector to its first store.
+  double exchange(const Plan& p) const {
+    const int team = p.team.divisor, lanes = 32 >> p.unit_bits;  // of a channel
+    const int lines = p.partial_lines;
+    const double sums = is_nhwc(p.layout)         ? ceil_div(lines, lanes) * p.pixels
+                        : p.layout == kNchwPacked ? lines * ceil_div(call.HW, int64_t(size) * lanes)
+                                                  : 0;
+    const int hops = team == 1 ? 0
+                     : sums_directly(team, lanes)
+                         ? ceil_div(team, kSlots * lanes)
+                         : 1 + ceil_div(team, kSlots * 32) * ceil_div(p.channels, team);
+    return kExchange + kPartial * sums + kHop * hops;
+  }
+
+  // µs of the whole plan. In each round, a multiprocessor moves, sums and stores a group's share in
+  // each of its blocks; then it waits for the exchange, unless other groups or blocks keep it busy.
   double cost(const Plan& p) const {
     const int team = p.team.divisor, blocks = ceil_div(int64_t(team) * p.teams, multiprocessors);
-    const int room = resident(p);
-    const double resident = p.cooperative ? blocks : std::min(room, blocks);
-    const double waves = double(team) * p.teams / multiprocessors / room;
+    const int at_once = std::min(resident(p), blocks);
+    const double waves = double(team) * p.teams / multiprocessors / resident(p);
     const double rounds = p.rounds * std::max(waves, 1.);
-    double wait = kExchange;
-    if (is_nhwc(p.layout)) wait += kPartial * p.partial_lines * p.pixels * (1 << p.unit_bits) / 32;
-    if (team > 1) wait += team * (kTeamExchange / multiprocessors + kMessage * p.channels * blocks);
     const double work = p.vectors_per_thread * (is_masked(p.layout) ? kMaskedVector : kVector) +
-                        kWarp * resident * ceil_div(p.workers, 32);
-    const double busiest = double(p.vectors) * kVectorBytes / team * blocks * p.rounds / part;
+                        kWarp * at_once * ceil_div(p.workers, 32);
+    const double busiest =
+        double(p.vectors) * kVectorBytes / team * blocks * p.rounds / part;  // 1: all alike
+    // Bytes of lines that a group shares with its neighbours; more where those come later.
+    const auto split = [&](int64_t run) {
+      return double(kLineBytes - std::gcd(run, kLineBytes)) / run;
+    };
     const int64_t run = p.channels * (is_nhwc(p.layout) ? 1 : call.HW) * kVectorBytes / size;
-    const double split = p.groups > 1 ? double(kLineBytes - std::gcd(run, kLineBytes)) / run : 0;
+    const double shared =
+        (p.groups > 1 ? split(run) : 0) + (p.groups > p.teams ? split(run * p.teams) : 0);
     const int ring_vectors = p.vectors_per_thread - p.reg_vectors - p.smem_vectors;
-    const double kept = multiprocessor_bytes * rounds / part;  // by L2, about
-    const double again =
-        ring_vectors > 0 ? std::max(double(ring_vectors + kRing) / p.vectors_per_thread - kept, 0.)
+    const double in_l2 = multiprocessor_bytes * rounds / part;  // about
+    const double reread =
+        ring_vectors > 0 ? std::max(double(ring_vectors + kRing) / p.vectors_per_thread - in_l2, 0.)
                          : 0;
-    const double memory = part / kBytes * (2 + kReread * again) * (1 + kSplitLine * split) *
+    const double memory = part / kBytes * (2 + kReread * reread) * (1 + kSplitLine * shared) *
                           (1 + kBusiest * (busiest - 1)) / rounds;
-    const double busy = overlap(memory, work);
-    const double round =
-        overlap(busy, (busy / (p.rounds > 1 ? 1 : resident) + wait) / p.stages.divisor);
-    return kGridLaunch * p.cooperative + wait / std::sqrt(resident) + memory + work / 2 +
-           (rounds - 1 + kLastWave * (std::ceil(rounds) - rounds)) * round;
+    const double wait = exchange(p), busy = std::hypot(memory, work);
+    const double others = p.rounds > 1 ? 1 : at_once;  // blocks in other phases
+    const double round = std::hypot(busy, (busy / others + wait) / p.stages.divisor);
+    return kGridLaunch * p.cooperative + (p.stagger_turns > 0 ? kStaggered : 1) * wait + memory +
+           kExposed * work + (rounds - 1 + kLastWave * (std::ceil(rounds) - rounds)) * round;
   }
 
   void consider(const std::optional<Plan>& p) {
@@ -1589,39 +1614,37 @@ struct Planner {
     best_cost = std::min(best_cost, its_cost);
   }
 
-  // Blocks of a launch in which none waits for another; and teams that stay for all their groups.
+  // A group for each block, in a launch in which none waits for another; and persistent teams.
   void consider_group(const std::optional<Plan>& maybe_group) {
     if (!maybe_group) return;
     const Plan& group = *maybe_group;
-    const double most_warps = is_nhwc(group.layout) ? kMostPixelWarps : kMostWarps;
     const int groups = std::max(group.groups, 1);
     // All must have read the counter of batches before it counts: then blocks wait for each other.
     const bool counts_batches = call.cumulative && call.num_batches_tracked;
     if (!counts_batches)
-      for (const int vectors : {1, 2, 3, 4, 6, 8, 11, 16, 24})
-        consider(with_workers(with_team(group, false, 1, groups, 1),
-                              group.vectors / vectors + unit(group) - 1, 2));
-    for (int blocks = 1; blocks <= (is_nhwc(group.layout) ? 2 : 3); ++blocks) {
+      for (const int vectors : kVectorsOfBlocks) {
+        const int workers = group.vectors / vectors + unit(group) - 1;
+        const auto p = with_workers(with_team(group, false, 1, groups, 1), workers, 2);
+        consider(p);
+        consider(staggered(p));
+      }
+    const int most_blocks = is_nhwc(group.layout) ? 2 : 3;
+    for (int blocks = 1; blocks <= most_blocks; ++blocks) {
       const int slots = blocks * multiprocessors;
-      for (int teams = std::min(slots, groups), tries = 0; teams > 0;
-           teams = ++tries < kMostTries ? teams - 1 : std::min(teams - 1, kFewTeams)) {
-        const int rounds = ceil_div(groups, teams);
+      for (int teams = std::min(slots, groups), rounds; teams > 0;
+           teams = std::min(teams - 1, std::max(teams * 4 / 5, kFewTeams))) {
+        rounds = ceil_div(groups, teams);
         teams = ceil_div(groups, rounds);  // the fewest, so the largest, for as many rounds
         const int team = std::min(slots / teams, std::max(int(group.vectors / 64), 1));
-        if (team * teams <= slots - multiprocessors || (rounds == 1 && blocks == 3)) continue;
-        // Warps for which work is the least; and time that no such plan is below.
+        if (team * teams <= slots - multiprocessors) continue;  // fewer blocks would do
+        const bool cooperative = team > 1 || counts_batches;
+        // Where work is least: as many warps as what they save in vectors of a thread.
         const double vector = is_masked(group.layout) ? kMaskedVector : kVector;
         const double warps = std::sqrt(vector * group.vectors * blocks / (32 * kWarp * team));
-        const double memory = 2 * part / kBytes / rounds, work = 2 * kWarp * warps;
-        if (kGridLaunch + memory + (rounds - 1) * overlap(memory, work) > best_cost) continue;
-        const int workers = int(32 / blocks * std::clamp(warps, kLeastWarps, most_warps));
+        const int workers = int(32 / blocks * std::clamp(warps, kLeastWarps, kMostWarps));
         // NCHW has one group in flight where it is the only one, or read again.
-        const int least = rounds == 1 || is_nhwc(group.layout) || teams <= kRereadTeams ? 1 : 2;
-        const int most = std::min(
-            {rounds, is_nhwc(group.layout) ? 2 : kMaxStages, 32 * kMaxUnits / group.channels});
-        // A team of one block waits for no other.
-        const bool cooperative = team > 1 || counts_batches;
-        for (int stages = least; stages <= most; ++stages)
+        const bool one = teams >= groups || is_nhwc(group.layout) || teams <= kRereadTeams;
+        for (int stages = one ? 1 : 2; stages <= std::min(rounds, kMaxStages); ++stages)
           consider(
               with_workers(with_team(group, cooperative, team, teams, stages), workers, blocks));
         if (group.layout == kNchw && size > 2 && blocks == 1 && teams <= kRereadTeams)
@@ -1649,7 +1672,7 @@ struct Planner {
       // Groups that divide C: of half a line in whole sectors, or of a line or more.
       const int line = kLineBytes * size / kVectorBytes, vectors = ceil_div(call.C, size);
       if (!call.training) return *eval(nhwc(call, size, line));
-      for (int v = std::min(line / 2 / size, vectors); v <= vectors && v * size <= 32 * kMaxUnits;
+      for (int v = std::min(kLeastVectors, vectors); v <= vectors && v * size <= 32 * kMaxUnits;
            ++v)
         if (vectors % v == 0 && (v % 2 == 0 || v * size >= line || v == vectors))
           consider_group(nhwc(call, size, v * size));
