@@ -97,7 +97,7 @@ constexpr int kMaxThreads = 1024;  // of a block
 constexpr int kMaxStages = 3;      // groups in flight in a block
 constexpr int kUnitChannels = 8;   // channels of an exchange warp, more where kMaxUnits bounds it
 constexpr int kMaxUnits = 4;       // exchange warps of a block with one stage
-constexpr int kRing = 4;           // places of a thread through which reread vectors pass
+constexpr int kRing = 4;           // places of a thread through which reread vectors go
 // A thread adds at most about so many vectors to one sum: values of few digits, such as 16-bit
 // ones, are each rounded like the one before, so that the errors of a longer chain add up.
 constexpr int kChain = 32;
@@ -485,7 +485,7 @@ __device__ Sums<A> warp_sum(const Sums<A>& own, int lowest = 1) {
   return {warp_sum(own.s1, lowest), warp_sum(own.s2, lowest)};
 }
 
-// One arrival for a warp whose lanes all call: one each would pass the barrier one after the other,
+// One arrival for a warp whose lanes all call: one each would reach the barrier one by one,
 // which takes 100 cycles a warp. __syncwarp orders what the other lanes have done before it.
 __device__ void mbarrier_arrive_warp(Mbarrier* b) {
   __syncwarp();
@@ -495,14 +495,14 @@ __device__ void mbarrier_arrive_warp(Mbarrier* b) {
 // -------------------------------------------------------------------------------------------------
 // The block: what its warps share
 // -------------------------------------------------------------------------------------------------
-// | what         | written by                | read by                | visible through             |
-// | places       | a worker's loads          | the same worker        | cp_async_wait_group         |
-// | partial sums | workers, in sum(i)        | exchange warps         | `summed` of group i         |
-// | result       | exchange warps            | workers, in store(i)   | `ready` of group i          |
-// | pivots       | exchange warps            | workers, in sum(i)     | `ready` of group i − stages |
-// | slots        | exchange warps of a block | those of the team      | nothing: a slot tells itself|
-// | counter      | exchange warps of a block | those of the team      | nothing: it only saves polls|
-// | factor       | thread 0                  | exchange warps         | the first __syncthreads     |
+// | what         | written by                | read by                | visible through
+// | places       | a worker's loads          | the same worker        | cp_async_wait_group
+// | partial sums | workers, in sum(i)        | exchange warps         | `summed` of group i
+// | result       | exchange warps            | workers, in store(i)   | `ready` of group i
+// | pivots       | exchange warps            | workers, in sum(i)     | `ready` of group i − stages
+// | slots        | exchange warps of a block | those of the team      | nothing: a slot tells
+// | counter      | exchange warps of a block | those of the team      | nothing: it saves polls
+// | factor       | thread 0                  | exchange warps         | the first __syncthreads
 //
 // Overwritten: a place after its thread has stored it. A stage's partial sums in sum(i + stages),
 // which comes after store(i), which waited for `ready`, on which exchange warps arrive after they
@@ -795,7 +795,7 @@ struct Group {
 // Worker warps: each thread loads, sums and stores vectors of its own
 // -------------------------------------------------------------------------------------------------
 // The first of a thread's vectors are in registers, the next ones in places in shared memory. Where
-// there are more, the last ones pass through kRing of the places, forwards for the sums, backwards
+// there are more, the last ones go through kRing of the places, forwards for the sums, backwards
 // for the store: those are read twice. All places are private, so no barrier guards them.
 template <typename T, Layout kLayout, bool kDeep>
 struct Worker {
@@ -1474,7 +1474,7 @@ struct Planner {
     return p;
   }
 
-  // The plan with so many workers that have so many vectors in shared memory; where things lie there.
+  // The plan with so many workers, each with so many vectors in shared memory; where things lie.
   Plan with_places(Plan p, int workers, int smem_vectors) const {
     const int stages = p.stages.divisor;
     p.workers = workers;
@@ -1536,8 +1536,8 @@ struct Planner {
     return {};
   }
 
-  // The same with blocks of a multiprocessor that start one after the other. If more blocks than are
-  // co-resident follow later, no block more may be than in turns.
+  // The same with blocks of a multiprocessor that start one after the other. If more follow
+  // later than are co-resident, no block more may be than in turns.
   std::optional<Plan> staggered(const std::optional<Plan>& of) const {
     const double x_bytes = part * multiprocessors;
     if (!of || x_bytes < kLeastStaggered || resident(*of) < 2 || resident(*of) > kMostTurns ||
