@@ -1353,22 +1353,22 @@ struct Device {
   }
 };
 
-// What a plan takes. All but the last are fitted to 41,000 timed plans of 339 shapes on an H200, as
-// check.py --nets --regret times them.
-constexpr double kBytes = 46570;        // bytes a µs that memory moves for one multiprocessor
-constexpr double kVector = .0948;       // µs to sum and store one vector of each thread
-constexpr double kMaskedVector = .29;   // µs for that where not all elements of a vector count
-constexpr double kWarp = .0445;         // µs for each worker warp of a multiprocessor, a round
-constexpr double kExposed = 1.7;        // of a round's work, what nothing hides at the end
-constexpr double kExchange = 3.4;       // µs from a block's last vector to its first store
-constexpr double kHop = 1.03;           // µs more for each time that blocks read others' sums
-constexpr double kPartial = .0588;      // µs more for each partial sum that a lane adds
-constexpr double kGridLaunch = 1.52;    // µs more for a cooperative launch
-constexpr double kStaggered = .7;       // of an exchange, what staggered blocks do not hide
-constexpr double kBusiest = .26;        // weight of the busiest multiprocessor's bytes
-constexpr double kSplitLine = .184;     // weight of bytes in cache lines that groups share
-constexpr double kReread = 1.1;         // weight of bytes read again that L2 does not hold
-constexpr double kLastWave = .35;       // weight of the last wave's idle part
+// What a plan takes: fitted to 41,000 timed plans of 339 shapes on an H200 (check.py --nets --regret
+// times them).
+constexpr double kBytes = 43690;        // bytes a µs that memory moves for one multiprocessor
+constexpr double kVector = .0876;       // µs to sum and store one vector of each thread
+constexpr double kMaskedVector = .289;  // µs for that where not all elements of a vector may count
+constexpr double kWarp = .0393;         // µs for each worker warp of a multiprocessor, a round
+constexpr double kExposed = 1.58;       // of a round's work, what nothing hides at the end
+constexpr double kExchange = 3.68;      // µs from a block's last vector to its first store
+constexpr double kHop = .93;            // µs more for each time that blocks read others' sums
+constexpr double kPartial = .0575;      // µs more for each partial sum that a lane adds
+constexpr double kGridLaunch = 1.65;    // µs more for a cooperative launch
+constexpr double kStaggered = .694;     // of an exchange, what staggered blocks do not hide
+constexpr double kLockstep = .33;    // of NCHW's memory time, more where all load, then all store
+constexpr double kBusiest = .604;    // weight of the busiest multiprocessor's bytes
+constexpr double kSplitLine = .151;  // weight of bytes in cache lines that groups share
+constexpr double kReread = 1.14;     // weight of bytes read again that L2 does not hold
 constexpr int64_t kBytesPerCycle = 16;  // that a multiprocessor reads while all others do
 // What is tried. Little else was ever the fastest.
 constexpr int kVectorsOfBlocks[] = {1, 2, 3, 4, 6, 8, 11, 14, 18, 24};  // of a thread, no team
@@ -1604,8 +1604,9 @@ struct Planner {
     const double wait = exchange(p), busy = std::hypot(memory, work);
     const double others = p.rounds > 1 ? 1 : at_once;  // blocks in other phases
     const double round = std::hypot(busy, (busy / others + wait) / p.stages.divisor);
-    return kGridLaunch * p.cooperative + (p.stagger_turns > 0 ? kStaggered : 1) * wait + memory +
-           kExposed * work + (rounds - 1 + kLastWave * (std::ceil(rounds) - rounds)) * round;
+    const bool lockstep = p.cooperative && rounds <= 1 && !is_nhwc(p.layout);
+    return kGridLaunch * p.cooperative + (p.stagger_turns > 0 ? kStaggered : 1) * wait +
+           (lockstep ? 1 + kLockstep : 1) * memory + kExposed * work + (rounds - 1) * round;
   }
 
   void consider(const std::optional<Plan>& p) {
