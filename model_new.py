@@ -1810,6 +1810,8 @@ FUSED_BATCH_NORM_CPP = r"""
 #define AT_PER_OPERATOR_HEADERS  // or each header below brings all of ATen, which takes seconds
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/batch_norm_backward.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/native_batch_norm_backward.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
@@ -2141,9 +2143,22 @@ struct FusedBatchNormBackward final : Node {
     const bool ones = !gamma.defined() && needed(2);
     const Tensor scale = ones ? x.new_ones_symint({x.sym_size(1)}, per_channel) : gamma;
     const MemoryFormat format = format_of(x);
-    auto [grad_x, grad_gamma, grad_beta] = at::native_batch_norm_backward(
-        in_format(grads[0], format), in_format(x, format), widen(scale), widen(running_mean),
-        widen(running_var), mean, inv_std, training, eps, {needed(0), needed(1), needed(2)});
+    const Tensor x_dense = in_format(x, format), grad = in_format(grads[0], format);
+    const std::array<bool, 3> mask{needed(0), needed(1), needed(2)};
+    // The backward that PyTorch's own layer takes, by PyTorch's own choice: cuDNN's where it can,
+    // since the native one has one block a channel for NCHW. cuDNN's wants aligned memory, and
+    // nothing more of the forward. Where x is traced, without memory, both decompose alike.
+    const auto is_aligned = [](const Tensor& t) {
+      return t.has_storage() && !t.is_meta() && !t.key_set().has(c10::DispatchKey::Python) &&
+             uintptr_t(t.const_data_ptr()) % kVectorBytes == 0;
+    };
+    const bool chooses = training && scale.defined() && is_aligned(x_dense) && is_aligned(grad);
+    auto [grad_x, grad_gamma, grad_beta] =
+        chooses ? at::batch_norm_backward(grad, x_dense, widen(scale), {}, {}, mean, inv_std, true,
+                                          eps, mask, at::empty({0}, x.options().dtype(at::kByte)))
+                : at::native_batch_norm_backward(grad, x_dense, widen(scale), widen(running_mean),
+                                                 widen(running_var), mean, inv_std, training, eps,
+                                                 mask);
     const auto narrow = [&](const Tensor& p) { return p.defined() ? p.to(affine_type) : p; };
     return {grad_x, narrow(grad_gamma), narrow(grad_beta)};
   }
