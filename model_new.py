@@ -688,7 +688,8 @@ struct Group {
       if (is_inside_x(vector(o, c))) return e;
       const int64_t first = int64_t(vector(o, c)) * kSize - a.misalignment;  // element of x
       e.begin = int(max(int64_t(e.begin), -first));
-      e.end = int(min(int64_t(e.end), a.N * a.C * a.HW - first));
+      // (Pixels past the last one of x may be more than 2³¹ elements away.)
+      e.end = int(max(min(int64_t(e.end), a.N * a.C * a.HW - first), int64_t(0)));
     }
     return e;
   }
