@@ -4,13 +4,16 @@
 # ///
 """Compares `ModelNew` of model_new.py with `nn.BatchNorm2d`: correctness, then speed.
 
-The rule for every number: with the same input in float64 as the oracle, our error may be at most
-twice the error of `nn.BatchNorm2d` on the same device, plus one rounding of the output's type.
+The rule for every number: with float64 as the reference, our error may be at most twice the error
+of `nn.BatchNorm2d` on the same device, plus one rounding of the output's type.
 Errors are in such roundings (u = half the distance from 1 to the next number), of the worst
 element: |y − oracle| / (u·(|gamma|·max(1, |x̂|) + |beta|)). torch's error counts as at least one,
 since that much is luck. NaN and infinity must stand exactly where the oracle has them.
 
-Without a CUDA device the same cases run on a pretended one: the CPU executes the kernel's text.
+Without a CUDA device small cases of the same kinds run on a pretended one: the CPU executes the
+kernel's text, and nothing is timed. --nets times the batch norms of whole nets instead, and only
+compares y once for each shape.
+
 Exit status: 0, or 1 if a case failed, 2 for wrong arguments. A speed below its bar fails nothing.
 """
 
@@ -18,7 +21,7 @@ import argparse
 import copy
 import itertools
 import math
-import re
+import signal
 import sys
 import time
 import warnings
@@ -26,21 +29,31 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+if __name__ == "__main__":  # `| head` and Ctrl-C end it, without a traceback
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.excepthook = lambda kind, *rest: (
+        None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+    )
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # not needed here
 
 import torch
 import torch.nn as nn
 
 ROOT = Path(__file__).resolve().parent
+for needed in ("model_new.py", ".ci/timing.py"):
+    if not (ROOT / needed).exists():
+        sys.exit(f"check.py: error: {needed} must lie beside check.py, in the whole repository")
 sys.path[:0] = [str(ROOT / ".ci"), str(ROOT / ".ci" / "emulator")]
 
+import nets
+import options
+import plans
 import readme
 import timing
-from texts import execute, fields_of_plan, renamed, sm_80_text, text_of
+from texts import considering, execute, fields_of_plan, renamed, sm_80_text
 
 TEXT_PATH = ROOT / "model_new.py"
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
-DTYPES = {"float32": F32, "float16": F16, "bfloat16": BF16, "float64": F64}
 
 
 # -------------------------------------------------------------------------------------- the cases
@@ -290,13 +303,18 @@ class Target:
 
 
 def make_pair(target: Target, C: int, dtype: torch.dtype, training=True, seed=0, **settings):
-    """(ModelNew, nn.BatchNorm2d) with the same random parameters, half negative, and buffers."""
+    """(ModelNew, nn.BatchNorm2d) with the same random parameters, half negative, and buffers.
+
+    No gamma is small: y would hardly depend on x, and a wrong store of that channel not show.
+    """
     theirs = nn.BatchNorm2d(C, device=target.device, dtype=dtype, **settings)
     generator = torch.Generator(target.device).manual_seed(seed)
     for name, tensor in theirs.state_dict().items():
         if tensor.is_floating_point():
             limits = (0.2, 5) if name == "running_var" else (-1.5, 1.5)
             tensor.uniform_(*limits, generator=generator)
+            if name == "weight":  # of ±[0.5, 1.5]
+                tensor.mul_(2 / 3).add_(torch.where(tensor < 0, -0.5, 0.5))
     ours = target.model(C, dtype=dtype, **settings)
     ours.load_state_dict(theirs.state_dict())
     return ours.train(training), theirs.train(training)
@@ -396,61 +414,6 @@ def run_cases(cases: list[Case], target: Target, whose: str = "") -> dict[str, t
     return errors
 
 
-def show_plan(target: Target, xs: list[timing.Row]) -> int:
-    """How each x would be launched, with what the text says of the fields of its struct Plan."""
-    reasons = {name: why for name, _, why in fields_of_plan(target.names["FUSED_BATCH_NORM_CUDA"])}
-    for x in xs:
-        print(f"plan of {x}; bytes needed, x read and y written once each: {2 * x.nbytes:,}")
-        for key, value in target.plan(x.shape, x.dtype, channels_last=x.channels_last).items():
-            print(f"  {key:20} {value:<16,} {reasons[key]}".rstrip())
-    return 0
-
-
-def a_shape(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9][0-9]*([x×][1-9][0-9]*){3}", text):
-        raise argparse.ArgumentTypeError(f"{text} must be NxCxHxW, four sizes of 1 or more")
-    N, C, H, W = map(int, re.split("[x×]", text))
-    if N * H * W == 1:
-        raise argparse.ArgumentTypeError(f"{text} must have more than one value per channel")
-    return N, C, H, W
-
-
-def parse_arguments() -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.print_usage = lambda file=None: None  # what is wrong takes one line
-    add = parser.add_argument
-    shape = {"type": a_shape, "action": "append", "metavar": "NxCxHxW", "default": []}
-    add("--shape", **shape, help="check and time this x only; may be repeated")
-    add("--dtype", choices=DTYPES, help="its type (float32); alone: cases and table of this type")
-    add("--channels-last", action="store_true", help="x in channels-last layout")
-    add("--against", metavar="FILE|REV", help="another model_new.py beside ours, in the same run")
-    add("--plan", **shape, help="only print how this x would be launched, on any machine")
-    add("--json", type=Path, metavar="FILE", help="also write the measured rows")
-    add("--readme", action="store_true", help="measure everything, write the tables of README.md")
-    given, cuda = parser.parse_args(), torch.cuda.is_available()
-    used = [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value]
-    like = DTYPES[given.dtype or "float32"], given.channels_last
-    given.xs = [timing.Row(shape, *like) for shape in given.shape + given.plan]
-    gpu_bytes = torch.cuda.mem_get_info()[1] if cuda else 288 << 30  # none has more
-    if given.plan and not {*used} <= {"--plan", "--dtype", "--channels-last"}:
-        parser.error(f"--plan goes with --dtype and --channels-last, got {' '.join(used)}")
-    if given.readme and used != ["--readme"]:
-        parser.error(f"--readme goes with no other option, got {' '.join(used)}")
-    if not cuda and not given.plan and not {*used} <= {"--dtype"}:
-        parser.error(f"{' '.join(used)} must have a CUDA device, got none")
-    for x in given.xs:
-        if 2 * x.nbytes > gpu_bytes:
-            parser.error(f"{x} must fit into {gpu_bytes >> 30} GB of GPU memory, with its y")
-    try:
-        given.against = given.against and text_of(given.against)
-        given.json = given.json and given.json.open("w")
-    except (LookupError, OSError) as error:
-        parser.error(str(error))
-    given.dtype = DTYPES.get(given.dtype)
-    return given
-
-
 def choose_cases(given: argparse.Namespace) -> list[Case]:
     layout = "channels_last" if given.channels_last else "contiguous"
     if given.shape:
@@ -464,34 +427,43 @@ def choose_cases(given: argparse.Namespace) -> list[Case]:
 
 
 def main() -> int:
-    given, text = parse_arguments(), TEXT_PATH.read_text()
+    given, text = options.parse(__doc__), TEXT_PATH.read_text()
+    of_plans = given.plan or given.regret
+    text = considering(text) if of_plans else text
     cuda, cases, start = torch.cuda.is_available(), choose_cases(given), time.perf_counter()
     if cuda:
         p = torch.cuda.get_device_properties(0)
         print(f"{p.name}, {p.multi_processor_count} multiprocessors, torch {torch.__version__}")
-        target = load_on_gpu(text)
+        target = load_on_gpu(renamed(text, "plans") if of_plans else text)
     else:
         print("No CUDA device: the CPU executes the kernel's text, on a pretended one; no timing.")
-        print("More tests: python -m pytest -c .ci/pytest.ini .ci/tests", flush=True)
+        print("More tests: see README.md, Two commands", flush=True)
         target = Target(load_emulator().load(text), "cpu", load_emulator())
     print(f"model_new.py loaded in {time.perf_counter() - start:.1f} s", flush=True)
     if given.plan and not cuda:
-        target.emulator.set_device(132, 227 << 10, (9, 0))  # an H100's
+        print("planned for an H100: 132 multiprocessors of compute capability 9.0, 227 KB each")
+        target.emulator.set_device(132, 227 << 10, (9, 0))
     if given.plan:
-        return show_plan(target, given.xs)
+        return plans.show(target, given.xs)
+    if given.regret:
+        return plans.regret(given, target)
+    theirs = given.against and load_on_gpu(renamed(given.against, "theirs"))
+    if given.nets is not None:
+        return nets.run(given, target.model, theirs and theirs.model, target.device)
     errors = run_cases(cases, target)
+    if theirs:
+        run_cases(cases, theirs, "theirs: ")
     if cuda:
-        theirs = given.against and load_on_gpu(renamed(given.against, "theirs"))
-        if theirs:
-            run_cases(cases, theirs, "theirs: ")
         rows = timing.choose(given.channels_last, given.shape, given.dtype)
         measured = timing.measure_rows(rows, target.model, theirs and theirs.model)
         if given.json:
             timing.write_json(given.json, measured)
-        if given.readme:
-            readme.write(errors, measured, target.model, load_on_gpu(sm_80_text(text)).model)
     failed = [*errors.values()].count(None)
-    print(f"{len(errors) - failed} passed, {failed} failed")
+    passed = len(errors) - failed
+    if given.readme:
+        sm_80 = load_on_gpu(sm_80_text(text)).model
+        failed += readme.write(errors, measured, target.model, sm_80, target.device)
+    print(f"{passed} passed, {failed} failed")
     return 1 if failed else 0
 
 

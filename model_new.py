@@ -24,10 +24,12 @@ neighbouring channels, each element of a vector another one. make_plan() in the 
 the group, the team, and how many rows and groups under way a block has, from shape and device.
 """
 
+import contextlib
+import hashlib
+import logging
 import os
 import shutil
 import sys
-import warnings
 
 import torch
 import torch.utils.cpp_extension
@@ -312,18 +314,13 @@ using Accumulator = std::conditional_t<sizeof(T) == 8, double, float>;
 // Sums over a part of a channel, with d = x − pivot. All parts of a channel have the same pivot, so
 // they simply add.
 template <typename A>
-struct Sums {
+struct alignas(2 * sizeof(A)) Sums {
   A s1 = 0, s2 = 0;  // Σ d, Σ d²
 
   __device__ void add(const Sums& other) {
     s1 += other.s1;
     s2 += other.s2;
   }
-};
-
-template <typename A>
-struct Result {  // y = (x − mean)·scale + shift
-  A mean, scale, shift;
 };
 
 // A parameter, or an element of a running buffer: a float, or of x's own type.
@@ -426,8 +423,10 @@ struct Plan {
   int deep;                // 1: the kernel with many vectors in registers
   int unit_bits;           // an exchange warp has up to 1 << unit_bits channels
   int units;               // exchange warps of a stage
-  int partial_width;       // partial sums of a line
   int partial_lines;       // lines of partial sums, which are added up for the block's sums
+  int partial_stride;      // partial sums from an element of the vectors to the next (NHWC)
+  int partials;            // partial sums of a stage
+  int channel_stride;      // channels of a group, rounded up to whole 16 bytes of sums
   int stage_at;            // bytes of shared memory before what the stages share
   int stage_bytes;         // of shared memory for a stage's barriers, sums, results and pivots
   int shared_bytes;        // of shared memory of a block
@@ -486,6 +485,13 @@ __device__ Sums<A> warp_sum(const Sums<A>& own, int lowest = 1) {
   return {warp_sum(own.s1, lowest), warp_sum(own.s2, lowest)};
 }
 
+// One arrival for a warp whose lanes all call: one each would pass the barrier one after the other,
+// which takes 100 cycles a warp. __syncwarp orders what the other lanes have done before it.
+__device__ void mbarrier_arrive_warp(Mbarrier* b) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(b);
+}
+
 // -------------------------------------------------------------------------------------------------
 // The block: what its warps share
 // -------------------------------------------------------------------------------------------------
@@ -520,10 +526,10 @@ template <typename T>
 struct Stage {  // as group i finds it
   using A = Accumulator<T>;
   Mbarrier *summed, *ready;
-  unsigned parity;    // of group i's phase
-  Sums<A>* partial;   // [partial_lines][partial_width]
-  Result<A>* result;  // [channels]
-  A* pivot;           // [channels]
+  unsigned parity;          // of group i's phase
+  Sums<A>* partial;         // [partials], see Worker::store_partials
+  A *mean, *scale, *shift;  // [channels] the result: y = (x − mean)·scale + shift
+  A* pivot;                 // [channels]
 };
 
 template <typename T>
@@ -544,11 +550,17 @@ struct Block {
   __device__ Stage<T> stage(int i) const {
     const unsigned phase = divide(i, a.stages), stage = i - phase * a.stages.divisor;
     auto* const partial = reinterpret_cast<Sums<A>*>(shared + a.stage_at + stage * a.stage_bytes);
-    auto* const result = reinterpret_cast<Result<A>*>(partial + a.partial_lines * a.partial_width);
-    auto* const pivots = reinterpret_cast<A*>(result + a.channels);
+    auto* const result = reinterpret_cast<A*>(partial + a.partials);
+    const int channels = a.channel_stride;
     StageBarriers& barriers = head.barriers[stage];
-    return {&barriers.summed, &barriers.ready, phase & 1,
-            partial,          result,          pivots + (phase & 1) * a.channels};
+    return {&barriers.summed,
+            &barriers.ready,
+            phase & 1,
+            partial,
+            result,
+            result + channels,
+            result + 2 * channels,
+            result + (3 + (phase & 1)) * channels};
   }
 };
 
@@ -681,16 +693,23 @@ struct Group {
     return e;
   }
 
-  // Calls use(k, channel in the group) for each channel that this thread knows: one, or that of each
-  // element k of its vectors; where that element does not count, with any channel.
-  template <typename Use>
-  __device__ void each_channel(Use use) const {
-    int c = channel;
+  // What the channels of this thread's vectors have in `from` [channels of the group]: the one
+  // channel, or that of each element; any channel's, where that element does not count.
+  __device__ void load_channels(A (&of)[kChannelsPerVector], const A* from) const {
+    if constexpr (kLayout == kNhwc) {  // side by side, and aligned
 #pragma unroll
-    for (int k = 0; k < kChannelsPerVector; ++k) {
-      use(k, min(unsigned(c), unsigned(a.channels) - 1));
-      if (kLayout != kNchwPacked || k + 1 == split) ++c;
-      if (c == int(a.C) && periodic()) c = 0;
+      for (int k = 0; k < kSize; k += 4) {
+        const uint4 words = *reinterpret_cast<const uint4*>(from + channel + k);
+        memcpy(&of[k], &words, sizeof words);
+      }
+    } else {
+      int c = channel;
+#pragma unroll
+      for (int k = 0; k < kChannelsPerVector; ++k) {
+        of[k] = from[min(unsigned(c), unsigned(a.channels) - 1)];
+        if (kLayout != kNchwPacked || k + 1 == split) ++c;
+        if (c == int(a.C) && periodic()) c = 0;
+      }
     }
   }
 
@@ -740,18 +759,22 @@ struct Group {
     }
   }
 
+  struct Result {  // of the channels of this thread's vectors
+    A mean[kChannelsPerVector], scale[kChannelsPerVector], shift[kChannelsPerVector];
+  };
+
   // y = (x − mean)·scale + shift; shift holds beta, and what rounding the mean has lost. The mean
   // is subtracted first: folded into the shift, it would cost digits where |mean| ≫ std.
-  __device__ void store(const Vector<T>& v, const Origin& o, const Cursor& c,
-                        const Result<A> (&results)[kChannelsPerVector], bool streaming) const {
+  __device__ void store(const Vector<T>& v, const Origin& o, const Cursor& c, const Result& r,
+                        bool streaming) const {
     const bool whole = is_whole(o, c);
     const Elements e = whole ? Elements{0, kSize} : elements(o, c);
     if (e.begin >= e.end) return;
     A normal[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const Result<A>& r = results[i % kChannelsPerVector];
-      normal[i] = (widen(v, i) - r.mean) * r.scale + r.shift;
+      const int k = i % kChannelsPerVector;
+      normal[i] = (widen(v, i) - r.mean[k]) * r.scale[k] + r.shift[k];
     }
     const Vector<T> v_y = make_vector<T>(normal);
     Vector<T>* const to = y + vector(o, c);
@@ -863,7 +886,7 @@ struct Worker {
     const auto origin = group.origin(b.group(i));
     const auto stage = b.stage(i);
     A pivot[G::kChannelsPerVector];
-    group.each_channel([&](int k, unsigned channel) { pivot[k] = stage.pivot[channel]; });
+    group.load_channels(pivot, stage.pivot);
     Sums<A> sums[G::kAccumulators];
     Cursor c = start;
     const auto add = [&](auto& v, auto& at) { group.sum(sums, v, origin, at, pivot); };
@@ -893,14 +916,15 @@ struct Worker {
       }
       cp_async_commit_group();
     }
-    mbarrier_arrive(stage.summed);  // by all lanes: what each has read may be overwritten now
+    mbarrier_arrive_warp(stage.summed);
   }
 
   // Hands this thread's sums to the exchange warps; `accumulate`: adds them to those it has handed
   // over for this group before. Channel → partial sum, as block_sums finds them:
   //   one channel  [warp]
   //   kNchwPacked  [line of the block][column][first or second channel of the vector]
-  //   kNhwc*       [line of the block, or warp where it has whole lines][column][element]
+  //   kNhwc*       [element][line of the block, or warp where it has whole lines][column], so that
+  //                lanes write side by side
   __device__ void store_partials(Sums<A>* partial, Sums<A> (&sums)[G::kAccumulators],
                                  bool accumulate) const {
     if constexpr (!keeps_column(kLayout)) {
@@ -934,8 +958,9 @@ struct Worker {
       if (by_warp ? unsigned(b.lane) < width : thread < unsigned(a.workers))
 #pragma unroll
         for (int e = 0; e < G::kAccumulators; ++e) {
-          if (accumulate) sums[e].add(partial[at * G::kAccumulators + e]);
-          partial[at * G::kAccumulators + e] = sums[e];
+          Sums<A>& to = partial[e * a.partial_stride + at];
+          if (accumulate) sums[e].add(to);
+          to = sums[e];
         }
     }
   }
@@ -960,8 +985,10 @@ struct Worker {
     const bool refills = next < b.groups;
     const auto stage = b.stage(i);
     mbarrier_wait(stage.ready, stage.parity);
-    Result<A> result[G::kChannelsPerVector];
-    group.each_channel([&](int k, unsigned channel) { result[k] = stage.result[channel]; });
+    typename G::Result result;
+    group.load_channels(result.mean, stage.mean);
+    group.load_channels(result.scale, stage.scale);
+    group.load_channels(result.shift, stage.shift);
     // Newest first: L2 still has those. The ring holds the last kRing; each turn as in sum().
 #pragma unroll 1
     for (int r = ring_vectors - 1; kCanReread && r >= 0; --r) {
@@ -998,6 +1025,10 @@ struct Channel {  // what a channel has of parameters and buffers
 // Sum of `count` slots `stride` apart, of which this lane takes number `part` and every parts-th
 // after it. Polls those that have not arrived.
 constexpr int kSlots = 5;  // in flight to a lane: with 32 lanes, those of 132 blocks at once
+// Whether each block adds up the sums of all the team's blocks for itself, with so many lanes.
+__host__ __device__ constexpr bool sums_directly(int team, int lanes) {
+  return team <= 4 * kSlots * lanes;
+}
 template <typename A>
 __device__ Sums<A> gather(const SumSlot<A>* slots, int count, int stride, int part, int parts) {
   const SumSlot<A> nothing = {0, A(-0.0)};  // arrived, and adds 0
@@ -1086,12 +1117,17 @@ struct ExchangeWarp {
   __device__ Sums<A> block_sums(const Sums<A>* partial) const {
     constexpr int kSize = Vector<T>::kSize;
     Sums<A> sums;
-    const auto add_lines = [&](unsigned at, int first, int step) {
-      Sums<A> of_lines;  // each with a sum of its own: one chain would be long, see kChain
+    const unsigned width = a.width.divisor;
+    const auto add_lines = [&](const Sums<A>* from, int stride, int first, int step) {
+      Sums<A> of_lines;  // a sum of its own: one chain of all would be long, see kChain
 #pragma unroll 2
       for (int line = first; line < a.partial_lines; line += step)
-        of_lines.add(partial[line * a.partial_width + at]);
+        of_lines.add(from[line * stride]);
       sums.add(of_lines);
+    };
+    // NHWC: of element i of the lines, whose sums the channel's lanes share.
+    const auto add_element = [&](unsigned i) {
+      add_lines(partial + i % kSize * a.partial_stride + i / kSize, width, part, parts);
     };
     if constexpr (!keeps_column(kLayout)) {
       if (b.lane < a.partial_lines) sums.add(partial[b.lane]);
@@ -1100,17 +1136,16 @@ struct ExchangeWarp {
       const unsigned first = channel * unsigned(a.HW), end = first + unsigned(a.HW);
 #pragma unroll 1
       for (unsigned column = first / kSize + part; column * kSize < end; column += parts)
-        add_lines(2 * column + (column * kSize < first), 0, 1);
-    } else if constexpr (kLayout == kNhwc) {  // they share the lines
-      add_lines(channel, part, parts);
-    } else {  // they share the lines; each pixel of a line has an entry
-      const unsigned segment = a.segment.divisor * kSize, width = a.width.divisor * kSize;
+        add_lines(partial + 2 * column + (column * kSize < first), 2 * width, 0, 1);
+    } else if constexpr (kLayout == kNhwc) {
+      add_element(channel);
+    } else {  // each pixel of a line has an element
+      const unsigned segment = a.segment.divisor * kSize, elements = width * kSize;
 #pragma unroll 1
       for (unsigned pixel = 0; pixel < a.pixels; ++pixel) {
         const unsigned first = pixel * unsigned(a.C) + a.misalignment, in_line = first + channel;
-        const unsigned periodic = in_line - (in_line < width ? 0 : width);
-        add_lines(segment == width ? periodic : pixel * segment + first % kSize + channel, part,
-                  parts);
+        const unsigned periodic = in_line - (in_line < elements ? 0 : elements);
+        add_element(segment == elements ? periodic : pixel * segment + first % kSize + channel);
       }
     }
     return warp_sum(sums, unit_channels);
@@ -1121,14 +1156,14 @@ struct ExchangeWarp {
   // leaves the team's sums for all.
   __device__ Sums<A> team_sums(int i, const Sums<A>& own) const {
     const int team = a.team.divisor, channels = keeps_column(kLayout) ? a.channels : 1;
-    const bool exists = channel < channels, few = team <= 4 * kSlots * parts;
+    const bool exists = channel < channels;
     unsigned char* const group = a.scratch + int64_t(b.group(i)) * a.group_bytes;
     auto* const counter = reinterpret_cast<unsigned long long*>(group + unit * kLineBytes);
     auto* const slots = reinterpret_cast<SumSlot<A>*>(group + a.units * kLineBytes);
     auto* const totals = slots + team * channels;
     if (exists && part == 0)
       st_relaxed(&slots[b.rank * channels + channel], SumSlot<A>{own.s1, -own.s2});
-    if (few) {
+    if (sums_directly(team, parts)) {
       // The counter saves polling all the slots, which would take L2's time; it orders nothing.
       if (b.lane == 0) atomicAdd(counter, 1);
       while (b.lane == 0 && ld_relaxed(counter) < team) nanosleep();
@@ -1182,8 +1217,12 @@ struct ExchangeWarp {
         var = m2 * a.per_element;
       }
       const double inv_std = rsqrt(var + a.eps), scale = inv_std * of.gamma;
-      if (leads) own.result[channel] = {A(mean), A(scale), A(of.beta - (mean - A(mean)) * scale)};
-      mbarrier_arrive(own.ready);
+      if (leads) {
+        own.mean[channel] = A(mean);
+        own.scale[channel] = A(scale);
+        own.shift[channel] = A(of.beta - (mean - A(mean)) * scale);
+      }
+      mbarrier_arrive_warp(own.ready);
       if (a.training && b.rank == 0 && leads) save(channel_in_x(i), of, mean, m2, inv_std);
       prepare_pivots(i + 2 * stages);
       of = load_channel(i + stages);
@@ -1264,8 +1303,8 @@ __global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kDeep, kExt
       if (threadIdx.x == 0) {
 #pragma unroll 1
         for (int stage = 0; stage < stages; ++stage) {
-          mbarrier_init(&b.head.barriers[stage].summed, blockDim.x - 32 * a.exchange_warps);
-          mbarrier_init(&b.head.barriers[stage].ready, 32 * a.units);
+          mbarrier_init(&b.head.barriers[stage].summed, blockDim.x / 32 - a.exchange_warps);
+          mbarrier_init(&b.head.barriers[stage].ready, a.units);
         }
       }
       __syncthreads();  // shows the barriers, the factor and the first pivots
@@ -1314,26 +1353,32 @@ struct Device {
   }
 };
 
-// What a plan takes: fitted to plans timed on an H200, by check.py --nets --regret.
-constexpr double kBytes = 30300;        // bytes that memory moves in a µs for one multiprocessor
-constexpr double kVector = .26;         // µs for a vector of each thread: summed and stored
-constexpr double kMaskedVector = .42;   // µs where not all elements of a vector may count
-constexpr double kWarp = .1;            // µs for a worker warp of a multiprocessor, in each round
-constexpr double kExchange = 2.5;       // µs from a block's last vector to its first store
-constexpr double kTeamExchange = 1.1;   // µs more with a team of as many blocks as multiprocessors
-constexpr double kMessage = .00021;     // µs for a channel's sums that a block gets from another
-constexpr double kPartial = .067;       // µs for each NHWC partial sum that a lane adds up
-constexpr double kGridLaunch = 3.3;     // µs more for a cooperative launch
-constexpr double kBusiest = .3;         // of the busiest multiprocessor's bytes against the mean
-constexpr double kSplitLine = .4;       // of bytes in cache lines that groups share
-constexpr double kReread = .38;         // of bytes read again that L2 does not hold
-constexpr int64_t kBytesPerCycle = 16;  // that a multiprocessor reads while others read too
-constexpr double kLastWave = .35;       // of the last wave's idle part
-
-// What is tried: worker warps of a multiprocessor, channels of packed planes, teams that read
-// vectors again, numbers of teams of a group, and all up to a few. Little else was ever the fastest.
-constexpr double kLeastWarps = 10, kMostWarps = 24, kMostPixelWarps = 20;
-constexpr int kMostPacked = 16, kRereadTeams = 2, kMostTries = 16, kFewTeams = 8;
+// What a plan takes. All but the last are fitted to 41,000 timed plans of 339 shapes on an H200, as
+// check.py --nets --regret times them.
+constexpr double kBytes = 46570;        // bytes a µs that memory moves for one multiprocessor
+constexpr double kVector = .0948;       // µs to sum and store one vector of each thread
+constexpr double kMaskedVector = .29;   // µs for that where not all elements of a vector count
+constexpr double kWarp = .0445;         // µs for each worker warp of a multiprocessor, a round
+constexpr double kExposed = 1.7;        // of a round's work, what nothing hides at the end
+constexpr double kExchange = 3.4;       // µs from a block's last vector to its first store
+constexpr double kHop = 1.03;           // µs more for each time that blocks read others' sums
+constexpr double kPartial = .0588;      // µs more for each partial sum that a lane adds
+constexpr double kGridLaunch = 1.52;    // µs more for a cooperative launch
+constexpr double kStaggered = .7;       // of an exchange, what staggered blocks do not hide
+constexpr double kBusiest = .26;        // weight of the busiest multiprocessor's bytes
+constexpr double kSplitLine = .184;     // weight of bytes in cache lines that groups share
+constexpr double kReread = 1.1;         // weight of bytes read again that L2 does not hold
+constexpr double kLastWave = .35;       // weight of the last wave's idle part
+constexpr int64_t kBytesPerCycle = 16;  // that a multiprocessor reads while all others do
+// What is tried. Little else was ever the fastest.
+constexpr int kVectorsOfBlocks[] = {1, 2, 3, 4, 6, 8, 11, 14, 18, 24};  // of a thread, no team
+constexpr double kLeastWarps = 8, kMostWarps = 24;  // workers of a multiprocessor
+constexpr int kMostPacked = 16;                     // channels of packed planes
+constexpr int kFewTeams = 8;                        // all numbers of teams up to this one
+constexpr int kLeastVectors = 2;                    // NHWC: of a pixel, whole sectors of 32 bytes
+constexpr int kRereadTeams = 2;                     // teams that may read vectors again
+constexpr int kMostTurns = 8;                       // blocks of a multiprocessor that are staggered
+constexpr double kLeastStaggered = 11e6;  // bytes of x below which blocks are not staggered
 constexpr int64_t kEvalBytes = 28 << 10;  // of a block in eval mode, where none waits for another
 constexpr int kEvalVectors = 14;          // of its threads
 constexpr size_t kMostKept = 1000;        // plans that a thread remembers
@@ -1410,16 +1455,13 @@ struct Planner {
   Plan best = {};
   double best_cost = INFINITY;
 
-  // Two things at once take little more than the longer one.
-  static double overlap(double a, double b) { return std::sqrt(std::hypot(a * a, b * b)); }
-
   // The plan of a group with so many teams, in each so many blocks, so many groups in flight; and
   // how an exchange is cut.
   Plan with_team(Plan p, bool cooperative, int64_t team, int teams, int stages) const {
     p.cooperative = cooperative;
     p.team = fast_divmod(team);
     p.teams = std::max(teams, 1);
-    p.rounds = ceil_div(p.groups, p.teams);
+    p.rounds = ceil_div(std::max(p.groups, 1), p.teams);
     p.stages = fast_divmod(stages);
     const int least = std::max(kUnitChannels, ceil_div(p.channels * stages, kMaxUnits));
     while (1 << p.unit_bits < std::min(p.channels, least)) ++p.unit_bits;
@@ -1437,13 +1479,19 @@ struct Planner {
     const int stages = p.stages.divisor;
     p.workers = workers;
     p.smem_vectors = smem_vectors;
-    p.partial_width = is_nhwc(p.layout)         ? p.width.divisor * size
-                      : p.layout == kNchwPacked ? p.width.divisor * 2
-                                                : 1;
-    p.partial_lines = ceil_div(workers, unit(p) == 32 ? 32 : p.width.divisor);
+    const bool by_warp = unit(p) == 32;
+    p.partial_lines = ceil_div(workers, by_warp ? 32 : p.width.divisor);
+    // Not a multiple of the banks, so that lanes that add different elements find them in others.
+    if (is_nhwc(p.layout))
+      p.partial_stride = (p.partial_lines * p.width.divisor + 15) / 16 * 16 + 2;
+    p.partials = !call.training            ? 0
+                 : is_nhwc(p.layout)       ? size * p.partial_stride
+                 : p.layout == kNchwPacked ? 2 * p.partial_lines * p.width.divisor
+                                           : p.partial_lines;
+    p.channel_stride = ceil_div(p.channels, 4) * 4;
     p.stage_at = int(sizeof(Head)) + stages * smem_vectors * workers * kVectorBytes;
-    const int sums = 2 * p.partial_lines * p.partial_width;
-    p.stage_bytes = ceil_div((sums + (3 + 2) * p.channels) * accumulator_bytes, 16) * 16;
+    p.stage_bytes =
+        ceil_div((2 * p.partials + (3 + 2) * p.channel_stride) * accumulator_bytes, 16) * 16;
     p.shared_bytes = p.stage_at + stages * p.stage_bytes;
     return p;
   }
@@ -1473,7 +1521,8 @@ struct Planner {
       if (stages > 1) p.reg_vectors = 0;
       const int rest = p.vectors_per_thread - p.reg_vectors;
       const int64_t place_bytes = int64_t(stages) * workers * kVectorBytes;
-      const int64_t left = multiprocessor_bytes / blocks - device.reserved_bytes -
+      // A block gets whole pieces of 256 bytes, 128 from sm_80 on.
+      const int64_t left = multiprocessor_bytes / blocks / 256 * 256 - device.reserved_bytes -
                            with_places(p, workers, 0).shared_bytes;
       const int64_t places = std::min<int64_t>(rest, left / place_bytes);
       if (left < 0 || places < (rereads ? std::min(rest, kRing) : rest)) continue;
@@ -1490,7 +1539,10 @@ struct Planner {
   // The same with blocks of a multiprocessor that start one after the other. If more blocks than are
   // co-resident follow later, no block more may be than in turns.
   std::optional<Plan> staggered(const std::optional<Plan>& of) const {
-    if (!of || of->cooperative || resident(*of) < 2 || of->teams <= multiprocessors) return {};
+    const double x_bytes = part * multiprocessors;
+    if (!of || x_bytes < kLeastStaggered || resident(*of) < 2 || resident(*of) > kMostTurns ||
+        of->teams <= multiprocessors)
+      return {};
     Plan p = *of;
     p.multiprocessors = multiprocessors;
     p.stagger_turns = resident(p);
@@ -1510,35 +1562,50 @@ struct Planner {
          std::max(resident_threads(p.layout, size, p.deep, extra) / block_threads(p), 1), 32}));
   }
 
-  // What the plan takes, in µs. In each round, a multiprocessor moves, sums and stores a group's
-  // share in each of its blocks and waits for the teams' sums, unless other groups or blocks keep
-  // it busy.
+  // µs of the exchange: from a block's last vector to its first store.
+  double exchange(const Plan& p) const {
+    const int team = p.team.divisor, lanes = 32 >> p.unit_bits;  // of a channel
+    const int lines = p.partial_lines;
+    const double sums = is_nhwc(p.layout)         ? ceil_div(lines, lanes) * p.pixels
+                        : p.layout == kNchwPacked ? lines * ceil_div(call.HW, int64_t(size) * lanes)
+                                                  : 0;
+    const int hops = team == 1 ? 0
+                     : sums_directly(team, lanes)
+                         ? ceil_div(team, kSlots * lanes)
+                         : 1 + ceil_div(team, kSlots * 32) * ceil_div(p.channels, team);
+    return kExchange + kPartial * sums + kHop * hops;
+  }
+
+  // µs of the whole plan. In each round, a multiprocessor moves, sums and stores a group's share in
+  // each of its blocks; then it waits for the exchange, unless other groups or blocks keep it busy.
   double cost(const Plan& p) const {
     const int team = p.team.divisor, blocks = ceil_div(int64_t(team) * p.teams, multiprocessors);
-    const int room = resident(p);
-    const double resident = p.cooperative ? blocks : std::min(room, blocks);
-    const double waves = double(team) * p.teams / multiprocessors / room;
+    const int at_once = std::min(resident(p), blocks);
+    const double waves = double(team) * p.teams / multiprocessors / resident(p);
     const double rounds = p.rounds * std::max(waves, 1.);
-    double wait = kExchange;
-    if (is_nhwc(p.layout)) wait += kPartial * p.partial_lines * p.pixels * (1 << p.unit_bits) / 32;
-    if (team > 1) wait += team * (kTeamExchange / multiprocessors + kMessage * p.channels * blocks);
     const double work = p.vectors_per_thread * (is_masked(p.layout) ? kMaskedVector : kVector) +
-                        kWarp * resident * ceil_div(p.workers, 32);
-    const double busiest = double(p.vectors) * kVectorBytes / team * blocks * p.rounds / part;
+                        kWarp * at_once * ceil_div(p.workers, 32);
+    const double busiest =
+        double(p.vectors) * kVectorBytes / team * blocks * p.rounds / part;  // 1: all alike
+    // Bytes of lines that a group shares with its neighbours; more where those come later.
+    const auto split = [&](int64_t run) {
+      return double(kLineBytes - std::gcd(run, kLineBytes)) / run;
+    };
     const int64_t run = p.channels * (is_nhwc(p.layout) ? 1 : call.HW) * kVectorBytes / size;
-    const double split = p.groups > 1 ? double(kLineBytes - std::gcd(run, kLineBytes)) / run : 0;
+    const double shared =
+        (p.groups > 1 ? split(run) : 0) + (p.groups > p.teams ? split(run * p.teams) : 0);
     const int ring_vectors = p.vectors_per_thread - p.reg_vectors - p.smem_vectors;
-    const double kept = multiprocessor_bytes * rounds / part;  // by L2, about
-    const double again =
-        ring_vectors > 0 ? std::max(double(ring_vectors + kRing) / p.vectors_per_thread - kept, 0.)
+    const double in_l2 = multiprocessor_bytes * rounds / part;  // about
+    const double reread =
+        ring_vectors > 0 ? std::max(double(ring_vectors + kRing) / p.vectors_per_thread - in_l2, 0.)
                          : 0;
-    const double memory = part / kBytes * (2 + kReread * again) * (1 + kSplitLine * split) *
+    const double memory = part / kBytes * (2 + kReread * reread) * (1 + kSplitLine * shared) *
                           (1 + kBusiest * (busiest - 1)) / rounds;
-    const double busy = overlap(memory, work);
-    const double round =
-        overlap(busy, (busy / (p.rounds > 1 ? 1 : resident) + wait) / p.stages.divisor);
-    return kGridLaunch * p.cooperative + wait / std::sqrt(resident) + memory + work / 2 +
-           (rounds - 1 + kLastWave * (std::ceil(rounds) - rounds)) * round;
+    const double wait = exchange(p), busy = std::hypot(memory, work);
+    const double others = p.rounds > 1 ? 1 : at_once;  // blocks in other phases
+    const double round = std::hypot(busy, (busy / others + wait) / p.stages.divisor);
+    return kGridLaunch * p.cooperative + (p.stagger_turns > 0 ? kStaggered : 1) * wait + memory +
+           kExposed * work + (rounds - 1 + kLastWave * (std::ceil(rounds) - rounds)) * round;
   }
 
   void consider(const std::optional<Plan>& p) {
@@ -1547,39 +1614,37 @@ struct Planner {
     best_cost = std::min(best_cost, its_cost);
   }
 
-  // Blocks of a launch in which none waits for another; and teams that stay for all their groups.
+  // A group for each block, in a launch in which none waits for another; and persistent teams.
   void consider_group(const std::optional<Plan>& maybe_group) {
     if (!maybe_group) return;
     const Plan& group = *maybe_group;
-    const double most_warps = is_nhwc(group.layout) ? kMostPixelWarps : kMostWarps;
     const int groups = std::max(group.groups, 1);
     // All must have read the counter of batches before it counts: then blocks wait for each other.
     const bool counts_batches = call.cumulative && call.num_batches_tracked;
     if (!counts_batches)
-      for (const int vectors : {1, 2, 3, 4, 6, 8, 11, 16, 24})
-        consider(with_workers(with_team(group, false, 1, groups, 1),
-                              group.vectors / vectors + unit(group) - 1, 2));
-    for (int blocks = 1; blocks <= (is_nhwc(group.layout) ? 2 : 3); ++blocks) {
+      for (const int vectors : kVectorsOfBlocks) {
+        const int workers = group.vectors / vectors + unit(group) - 1;
+        const auto p = with_workers(with_team(group, false, 1, groups, 1), workers, 2);
+        consider(p);
+        consider(staggered(p));
+      }
+    const int most_blocks = is_nhwc(group.layout) ? 2 : 3;
+    for (int blocks = 1; blocks <= most_blocks; ++blocks) {
       const int slots = blocks * multiprocessors;
-      for (int teams = std::min(slots, groups), tries = 0; teams > 0;
-           teams = ++tries < kMostTries ? teams - 1 : std::min(teams - 1, kFewTeams)) {
-        const int rounds = ceil_div(groups, teams);
+      for (int teams = std::min(slots, groups), rounds; teams > 0;
+           teams = std::min(teams - 1, std::max(teams * 4 / 5, kFewTeams))) {
+        rounds = ceil_div(groups, teams);
         teams = ceil_div(groups, rounds);  // the fewest, so the largest, for as many rounds
         const int team = std::min(slots / teams, std::max(int(group.vectors / 64), 1));
-        if (team * teams <= slots - multiprocessors || (rounds == 1 && blocks == 3)) continue;
-        // Warps for which work is the least; and time that no such plan is below.
+        if (team * teams <= slots - multiprocessors) continue;  // fewer blocks would do
+        const bool cooperative = team > 1 || counts_batches;
+        // Where work is least: as many warps as what they save in vectors of a thread.
         const double vector = is_masked(group.layout) ? kMaskedVector : kVector;
         const double warps = std::sqrt(vector * group.vectors * blocks / (32 * kWarp * team));
-        const double memory = 2 * part / kBytes / rounds, work = 2 * kWarp * warps;
-        if (kGridLaunch + memory + (rounds - 1) * overlap(memory, work) > best_cost) continue;
-        const int workers = int(32 / blocks * std::clamp(warps, kLeastWarps, most_warps));
+        const int workers = int(32 / blocks * std::clamp(warps, kLeastWarps, kMostWarps));
         // NCHW has one group in flight where it is the only one, or read again.
-        const int least = rounds == 1 || is_nhwc(group.layout) || teams <= kRereadTeams ? 1 : 2;
-        const int most = std::min(
-            {rounds, is_nhwc(group.layout) ? 2 : kMaxStages, 32 * kMaxUnits / group.channels});
-        // A team of one block waits for no other.
-        const bool cooperative = team > 1 || counts_batches;
-        for (int stages = least; stages <= most; ++stages)
+        const bool one = teams >= groups || is_nhwc(group.layout) || teams <= kRereadTeams;
+        for (int stages = one ? 1 : 2; stages <= std::min(rounds, kMaxStages); ++stages)
           consider(
               with_workers(with_team(group, cooperative, team, teams, stages), workers, blocks));
         if (group.layout == kNchw && size > 2 && blocks == 1 && teams <= kRereadTeams)
@@ -1607,7 +1672,7 @@ struct Planner {
       // Groups that divide C: of half a line in whole sectors, or of a line or more.
       const int line = kLineBytes * size / kVectorBytes, vectors = ceil_div(call.C, size);
       if (!call.training) return *eval(nhwc(call, size, line));
-      for (int v = std::min(line / 2 / size, vectors); v <= vectors && v * size <= 32 * kMaxUnits;
+      for (int v = std::min(kLeastVectors, vectors); v <= vectors && v * size <= 32 * kMaxUnits;
            ++v)
         if (vectors % v == 0 && (v % 2 == 0 || v * size >= line || v == vectors))
           consider_group(nhwc(call, size, v * size));
@@ -1747,12 +1812,15 @@ FUSED_BATCH_NORM_CPP = r"""
 #include <ATen/ops/native_batch_norm_backward.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 
 // The arguments of the operators, as declared, as handed on and as PyTorch's schema.
 #define PARAMETERS                                                                \
@@ -1772,6 +1840,7 @@ FUSED_BATCH_NORM_CPP = r"""
 namespace {
 
 using at::Tensor;
+using c10::MemoryFormat;
 using c10::ScalarType;
 using c10::SymInt;
 using std::string;
@@ -1810,8 +1879,8 @@ void check(PARAMETERS) {
   TORCH_CHECK(x.is_cuda() || x.is_meta(), must("x", "be on a CUDA device", show(x)));
   dtype_code(x.scalar_type());
   const auto check_pair = [&](const char* names, const MaybeTensor& p, const MaybeTensor& q) {
-    TORCH_CHECK(p.has_value() == q.has_value() && (!p || p->dtype() == q->dtype()),
-                must(names, "be two of one type, or None", show(p) + " and " + show(q)));
+    TORCH_CHECK(!p || !q || p->dtype() == q->dtype(),
+                must(names, "be two of one type", show(p) + " and " + show(q)));
   };
   const auto check_one = [&](const char* name, const MaybeTensor& p) {
     TORCH_CHECK(!p || (p->dim() == 1 && p->sym_size(0) == x.sym_size(1) &&
@@ -1826,6 +1895,9 @@ void check(PARAMETERS) {
   check_one("running_var", running_var);
   check_pair("gamma and beta", gamma, beta);
   check_pair("running_mean and running_var", running_mean, running_var);
+  TORCH_CHECK(running_mean.has_value() == running_var.has_value(),
+              must("running_mean and running_var", "be both given, or both None",
+                   show(running_mean) + " and " + show(running_var)));
   TORCH_CHECK(!running_mean || (running_mean->is_contiguous() && running_var->is_contiguous()),
               must("running_mean and running_var", "be contiguous", "other strides"));
   TORCH_CHECK(training || running_mean, must("running_mean", "be given in eval mode", "None"));
@@ -1833,6 +1905,10 @@ void check(PARAMETERS) {
   TORCH_CHECK(!count || (count->dtype() == at::kLong && count->sym_numel() == 1 &&
                          (count->device() == x.device() || x.is_meta())),
               must("num_batches_tracked", "be one int64 on x's device", show(count)));
+  for (const auto* buffer : {&running_mean, &running_var, &num_batches_tracked})
+    TORCH_CHECK(
+        !training || !*buffer || !(*buffer)->is_inference() || c10::InferenceMode::is_enabled(),
+        must("buffers made under inference_mode", "be trained under it", show(*buffer)));
   TORCH_CHECK_VALUE(!training || x.sym_size(0) * x.sym_size(2) * x.sym_size(3) != 1,
                     must("x", "have more than 1 value per channel when training", show(x)));
   TORCH_CHECK_VALUE(
@@ -1840,21 +1916,79 @@ void check(PARAMETERS) {
       must("eps", training ? "be positive when training" : "not be negative", std::to_string(eps)));
 }
 
+// x's layout, decided once: where the kernel finds the elements of x, where it writes those of y,
+// and what backward is called with. Strides of sizes of 1 say nothing about that, nor do they here.
+MemoryFormat format_of(const Tensor& x) {
+  const bool contiguous = x.is_contiguous(),
+             channels_last = x.is_contiguous(MemoryFormat::ChannelsLast);
+  if (contiguous != channels_last)
+    return contiguous ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast;
+  // Neither: the copy's, as PyTorch chooses it. Both: the elements lie in the same places, except
+  // that there are none in an empty x, all of which are contiguous, but not all channels-last.
+  if (contiguous && x.sym_numel() == 0) return MemoryFormat::ChannelsLast;
+  return x.suggest_memory_format();
+}
+
+// The part of a call that the plan is made from. The kernel numbers in 32 bits: what does not fit
+// is refused here, and all products below fit into 64. got(): what to say of such an x.
+template <typename Got>
+FusedBatchNormCall sized_call(int64_t N, int64_t C, int64_t HW, ScalarType type, bool unaligned,
+                              bool channels_last, Got got) {
+  FusedBatchNormCall call{};
+  call.dtype = dtype_code(type);
+  call.channels_last = HW == 1 || (channels_last && C > 1);  // the same places, a better plan
+  if (N == 0 || C == 0 || HW == 0) return call;              // nothing to do but to count the batch
+  call.N = N;
+  call.C = C;
+  call.HW = HW;
+  constexpr int64_t kMostOfX = (int64_t(1) << 32) - 64,
+                    kMostOfGroup = (int64_t(1) << 31) - (1 << 20),
+                    kMostChannels = (int64_t(1) << 31) - 512;
+  const int64_t size = kVectorBytes / int64_t(c10::elementSize(type));  // elements of a vector
+  TORCH_CHECK(double(N) * double(C) * double(HW) < double(kMostOfX * size),
+              must("x", "have less than 64 GB", got()));
+  TORCH_CHECK(C < kMostChannels,
+              must("x", "have fewer than " + std::to_string(kMostChannels) + " channels", got()));
+  // Vectors of the narrowest group of channels that there is, edges included.
+  int64_t vectors;
+  if (call.channels_last) {
+    // A row is the fewest pixels that are whole vectors together; the last one reaches beyond x.
+    const int64_t pixels = size / std::gcd(C, size), rows = (N * HW + pixels - 1) / pixels,
+                  row = pixels * C / size, line = 8;  // vectors
+    TORCH_CHECK(
+        rows * row < kMostOfX,
+        must("x", "have less than 64 GB in whole rows of " + std::to_string(pixels) + " pixels",
+             got()));
+    const bool edges = pixels > 1 || unaligned;
+    vectors = pixels > 1 && C <= line * size
+                  ? (rows + 1) * row
+                  : rows * pixels * (std::min((C + size - 1) / size, line) + edges);
+  } else {
+    const bool edges = type == at::kDouble || HW % size > 0 || unaligned;
+    vectors = N * (edges ? (HW + size - 2) / size + 1 : HW / size);
+  }
+  TORCH_CHECK(
+      vectors < kMostOfGroup,
+      must("x",
+           string("have fewer than ") + std::to_string(kMostOfGroup) + " vectors of 16 bytes in " +
+               (call.channels_last ? "neighbouring channels" : "a channel's planes"),
+           std::to_string(vectors) + " in " + got()));
+  return call;
+}
+
 // Straight from the allocator: at::empty would fill it, with a kernel of its own, under
 // torch.use_deterministic_algorithms(True).
 Tensor allocate(c10::SymIntArrayRef sizes, ScalarType type, const Tensor& like,
-                c10::MemoryFormat format = c10::MemoryFormat::Contiguous) {
-  return at::detail::empty_generic_symint(sizes, c10::GetAllocator(like.device().type()),
-                                          c10::DispatchKeySet(like.options().computeDispatchKey()),
-                                          type, format);
+                MemoryFormat format = MemoryFormat::Contiguous) {
+  auto* const allocator =
+      like.is_meta() ? c10::GetAllocator(at::kMeta) : c10::cuda::CUDACachingAllocator::get();
+  return at::detail::empty_generic_symint(
+      sizes, allocator, c10::DispatchKeySet(like.options().computeDispatchKey()), type, format);
 }
 
-// NCHW or channels-last as x, from element `shift` of its memory on; no view, since autograd lets
-// nobody change a view that a custom operator returns.
-Tensor allocate_y(const Tensor& x, const SymInt& shift) {
-  auto format = x.suggest_memory_format();
-  if (x.sym_numel() == 0 && x.is_contiguous(c10::MemoryFormat::ChannelsLast))
-    format = c10::MemoryFormat::ChannelsLast;  // not suggested for an empty x
+// From element `shift` of its memory on; no view, since autograd lets nobody change a view that a
+// custom operator returns.
+Tensor allocate_y(const Tensor& x, MemoryFormat format, const SymInt& shift) {
   if (shift == 0) return allocate(x.sym_sizes(), x.scalar_type(), x, format);
   Tensor y = allocate({x.sym_numel() + shift}, x.scalar_type(), x);
   auto* impl = y.unsafeGetTensorImpl();
@@ -1864,64 +1998,51 @@ Tensor allocate_y(const Tensor& x, const SymInt& shift) {
   return y;
 }
 
-int64_t elements_behind_boundary(const Tensor& t) {
-  return int64_t(uintptr_t(t.const_data_ptr()) % kVectorBytes / t.element_size());
+// Elements from a 16-byte boundary to x, or to the copy that is made of it where it is not dense.
+SymInt misalignment(const Tensor& x, bool dense) {
+  if (!dense || x.sym_numel() == 0) return 0;
+  const int64_t item = x.element_size();
+  if (x.is_meta()) return x.sym_storage_offset() % SymInt(kVectorBytes / item);
+  return int64_t(uintptr_t(x.const_data_ptr()) % kVectorBytes) / item;
 }
 
 // One launch. For x without memory (fake and meta tensors) none, but outputs of the same layouts.
 Outputs run(PARAMETERS) {
   check(ARGUMENTS);
-  const SymInt shift = x.is_meta()
-                           ? x.sym_storage_offset() % SymInt(kVectorBytes / x.element_size())
-                           : SymInt(elements_behind_boundary(x));
+  const c10::DeviceGuard guard(x.device());  // before memory is asked for
+  const MemoryFormat format = format_of(x);
+  const bool dense = x.is_contiguous(format);
+  const SymInt shift = misalignment(x, dense);
+  FusedBatchNormCall call{};
+  if (!x.unsafeGetTensorImpl()->has_symbolic_sizes_strides())
+    call = sized_call(x.size(0), x.size(1), x.size(2) * x.size(3), x.scalar_type(), shift != 0,
+                      format == MemoryFormat::ChannelsLast, [&] { return show(x); });
   const auto wide = x.dtype() == at::kDouble ? at::kDouble : at::kFloat;
   const SymInt saved = training ? x.sym_size(1) : SymInt(0);
-  const Outputs outputs{allocate_y(x, shift), allocate({2, saved}, wide, x)};
+  const Outputs outputs{allocate_y(x, format, shift), allocate({2, saved}, wide, x)};
   const auto& [y, statistics] = outputs;
   if (x.is_meta()) return outputs;
 
-  const int64_t N = x.size(0), C = x.size(1), HW = x.size(2) * x.size(3);
-  const bool channels_last =
-      HW == 1 || (!x.is_contiguous() && x.is_contiguous(c10::MemoryFormat::ChannelsLast));
-  // The kernel numbers 16-byte vectors: those of x in 32 bits; in 31 bits those of a group of
-  // channels, in each plane, or in each pixel's 256 bytes, with two more for the edges.
-  const int64_t item = x.element_size(),
-                row = channels_last ? std::min<int64_t>(C * item, 256) : HW * item;
-  const int64_t rows = channels_last ? N * HW : N;
-  TORCH_CHECK(rows * (row / kVectorBytes + 2) < (int64_t(1) << 31) - (1 << 20) &&
-                  x.numel() * item / kVectorBytes < (int64_t(1) << 32) - 2,
-              must("x", "have less than 32 GB a channel and 64 GB in all", show(x)));
-  const c10::DeviceGuard guard(x.device());
-  // The kernel takes dense x, and y as far behind a boundary. Anything else costs copies.
-  const Tensor x_dense = channels_last && HW > 1 ? x : x.contiguous();
-  const int64_t x_shift = elements_behind_boundary(x_dense);
-  const bool direct = y.strides() == x_dense.strides() && x_shift == shift;
-  const Tensor y_dense = direct ? y : allocate_y(x_dense, x_shift);
+  const Tensor x_dense = x.contiguous(format);
   const auto packed = [](const MaybeTensor& p) { return p ? p->contiguous() : p; };
   const auto data = [](const MaybeTensor& p) { return p ? p->mutable_data_ptr() : nullptr; };
   const auto is_float = [](const MaybeTensor& p) { return p && p->dtype() == at::kFloat; };
   const MaybeTensor packed_gamma = packed(gamma), packed_beta = packed(beta);
-  FusedBatchNormCall call{};
   call.x = x_dense.const_data_ptr();
-  call.y = y_dense.mutable_data_ptr();
+  call.y = y.mutable_data_ptr();
   call.gamma = data(packed_gamma);
   call.beta = data(packed_beta);
   call.running_mean = data(running_mean);
   call.running_var = data(running_var);
   call.num_batches_tracked = static_cast<int64_t*>(data(num_batches_tracked));
   call.mean = statistics.mutable_data_ptr();
-  call.inv_std = static_cast<char*>(call.mean) + C * statistics.element_size();
-  call.N = N;
-  call.C = x.numel() > 0 ? C : 0;  // nothing to do but to count the batch
-  call.HW = HW;
+  call.inv_std = static_cast<char*>(call.mean) + x.size(1) * statistics.element_size();
   call.eps = eps;
   call.momentum = momentum.value_or(0);
   call.cumulative = !momentum.has_value();
-  call.dtype = dtype_code(x.scalar_type());
-  call.affine_float = is_float(gamma);
+  call.affine_float = is_float(gamma) || is_float(beta);
   call.running_float = is_float(running_mean);
   call.training = training;
-  call.channels_last = channels_last;
   // Freed on return: the allocator gives it away again only behind this launch on this stream.
   std::pair<const Tensor&, Tensor> scratch{x, {}};
   const auto allocate_scratch = [](size_t bytes, void* context) {
@@ -1932,11 +2053,12 @@ Outputs run(PARAMETERS) {
   const auto stream_of = &c10::cuda::getCurrentCUDAStream;
   const char* error =
       fused_batch_norm_launch(&call, allocate_scratch, &scratch, stream_of(x.device().index()));
-  TORCH_CHECK(!error, must("fused_batch_norm_forward_kernel", "run for x " + show(x),
+  TORCH_CHECK(!error, must("fused_batch_norm_forward_kernel",
+                           (training ? "train with x " : "normalise x ") + show(x),
                            string("CUDA error: ") + error));
+  // Nothing is refused any more.
   for (const auto* buffer : {&running_mean, &running_var, &num_batches_tracked})
     if (training && *buffer) (*buffer)->unsafeGetTensorImpl()->bump_version();
-  if (!direct) y.copy_(y_dense);
   return outputs;
 }
 
@@ -1963,12 +2085,31 @@ Tensor fused_batch_norm_forward(PARAMETERS) {
   return std::get<0>(run(ARGUMENTS));
 }
 
+// t in this format, strides of sizes of 1 included: PyTorch's backward on the CPU chooses its loop
+// and the layout of what it returns by different rules, which agree on such tensors only.
+Tensor in_format(const Tensor& t, MemoryFormat format) {
+  const Tensor dense = t.contiguous(format);
+  const SymInt C = t.sym_size(1), H = t.sym_size(2), W = t.sym_size(3);
+  const std::array<SymInt, 4> strides = format == MemoryFormat::ChannelsLast
+                                            ? std::array<SymInt, 4>{H * W * C, 1, W * C, C}
+                                            : std::array<SymInt, 4>{C * H * W, H * W, W, 1};
+  const bool own = std::equal(strides.begin(), strides.end(), dense.sym_strides().begin());
+  return own ? dense : dense.as_strided_symint(dense.sym_sizes(), strides);
+}
+
 struct FusedBatchNormBackward final : Node {
   std::array<SavedVariable, 5> saved;  // x, gamma, running_mean, running_var, statistics
   double eps;
   bool training;
+  ScalarType affine_type;  // of gamma and beta
 
   string name() const override { return "FusedBatchNormBackward"; }
+
+  // Asked for by compiled autograd, of an eager forward: a compiled one has another node.
+  void compiled_args(torch::autograd::CompiledNodeArgs&) const override {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, must("forward", "be compiled as well", "compiled autograd over an eager forward"));
+  }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -1981,20 +2122,29 @@ struct FusedBatchNormBackward final : Node {
     for (size_t i = 0; i < saved.size(); ++i) unpacked[i] = saved[i].unpack();
     const auto& [x, gamma, running_mean, running_var, statistics] = unpacked;
     if (!grads[0].defined()) return std::vector<Tensor>(3);
-    const auto zeros = [](const Tensor& p) { return p.defined() ? at::zeros_like(p) : p; };
-    if (x.sym_numel() == 0) return {zeros(x), zeros(gamma), zeros(gamma)};
+    const auto needed = [&](size_t i) { return task_should_compute_output(i); };
+    const auto per_channel = x.options().dtype(affine_type);
+    if (x.sym_numel() == 0) {
+      const auto zeros = [&](size_t i) {
+        return needed(i) ? x.new_zeros_symint({x.sym_size(1)}, per_channel) : Tensor();
+      };
+      return {at::zeros_like(x), zeros(1), zeros(2)};
+    }
     // PyTorch's kernels take all else in float32 whatever x is, but not every mixture.
     const auto wide = x.dtype() == at::kDouble ? at::kDouble : at::kFloat;
     const auto widen = [&](const Tensor& p) { return p.defined() ? p.to(wide) : p; };
     const Tensor none = training ? Tensor() : running_mean.narrow(0, 0, 0).to(wide);  // [0]
     const Tensor mean = training ? statistics.select(0, 0) : none;
     const Tensor inv_std = training ? statistics.select(0, 1) : none;
-    const auto needed = [&](size_t i) { return task_should_compute_output(i); };
+    // On a GPU they allocate the gradient of beta as gamma is, so there has to be one.
+    const bool ones = !gamma.defined() && needed(2);
+    const Tensor scale = ones ? x.new_ones_symint({x.sym_size(1)}, per_channel) : gamma;
+    const MemoryFormat format = format_of(x);
     auto [grad_x, grad_gamma, grad_beta] = at::native_batch_norm_backward(
-        grads[0], x, widen(gamma), widen(running_mean), widen(running_var), mean, inv_std, training,
-        eps, {needed(0), needed(1), needed(2)});
-    const auto as_gamma = [&](const Tensor& p) { return p.defined() ? p.to(gamma.dtype()) : p; };
-    return {grad_x, as_gamma(grad_gamma), as_gamma(grad_beta)};
+        in_format(grads[0], format), in_format(x, format), widen(scale), widen(running_mean),
+        widen(running_var), mean, inv_std, training, eps, {needed(0), needed(1), needed(2)});
+    const auto narrow = [&](const Tensor& p) { return p.defined() ? p.to(affine_type) : p; };
+    return {grad_x, narrow(grad_gamma), narrow(grad_beta)};
   }
 };
 
@@ -2022,29 +2172,37 @@ Outputs run_with_autograd(PARAMETERS) {
   node->set_next_edges(collect_next_edges(x, gamma, beta));
   node->eps = eps;
   node->training = training;
-  const Outputs outputs = run_below();
+  const MaybeTensor& affine = gamma ? gamma : beta;
+  node->affine_type = affine ? affine->scalar_type() : x.scalar_type();
   const auto save = [](const MaybeTensor& t) { return SavedVariable(t, false); };
   const MaybeTensor none;
+  // Before the launch: it is refused, say, for an x that was made under inference_mode.
   node->saved = {save(x), save(gamma), save(training ? none : running_mean),
-                 save(training ? none : running_var), save(std::get<1>(outputs))};
+                 save(training ? none : running_var), save(none)};
+  const Outputs outputs = run_below();
+  node->saved.back() = save(std::get<1>(outputs));
   set_history(std::get<0>(outputs), owner);
   return outputs;
+}
+
+void refuse_vmap(const c10::OperatorHandle&, c10::Stack*) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, must("x", "be one 4-D tensor (N, C, H, W)", "vmap's batch"));
 }
 
 // The launch plan of a contiguous, aligned x on the current device: the words of struct Plan.
 std::vector<int64_t> plan(int64_t N, int64_t C, int64_t HW, ScalarType dtype, bool training,
                           MaybeDouble momentum, bool channels_last) {
+  const auto got = [&] {
+    return string(c10::toString(dtype)) + " (N = " + std::to_string(N) +
+           ", C = " + std::to_string(C) + ", HW = " + std::to_string(HW) + ")";
+  };
+  TORCH_CHECK(N >= 0 && C >= 0 && HW >= 0, must("N, C and HW", "not be negative", got()));
   int64_t counter;
-  FusedBatchNormCall call{};
+  FusedBatchNormCall call = sized_call(N, C, HW, dtype, false, channels_last, got);
   call.num_batches_tracked = &counter;
-  call.N = N;
-  call.C = C;
-  call.HW = HW;
   call.momentum = momentum.value_or(0);
   call.cumulative = !momentum.has_value();
-  call.dtype = dtype_code(dtype);
   call.training = training;
-  call.channels_last = channels_last || HW == 1;
   int words[64] = {};
   const char* error = fused_batch_norm_plan(&call, words, sizeof words);
   TORCH_CHECK(!error, must("the device", "run the kernel", string("CUDA error: ") + error));
@@ -2067,6 +2225,9 @@ EXPANDED(TORCH_LIBRARY, TORCH_EXTENSION_NAME, m) {
       "Tensor? running_mean, Tensor? running_var) -> Tensor");
   m.impl("eval", any_device, &eval<run>);
   m.impl("eval", autograd, &eval<run_with_autograd>);
+  for (const char* name : {"fused_batch_norm_forward", "train", "eval"})
+    m.impl(name, c10::DispatchKey::FuncTorchBatched,
+           torch::CppFunction::makeFromBoxedFunction<&refuse_vmap>());
   m.def(
       "fused_batch_norm_plan(int N, int C, int HW, ScalarType dtype, bool training, "
       "float? momentum, bool channels_last=False) -> int[]",
@@ -2091,26 +2252,36 @@ def _build_fused_batch_norm():
     if shutil.which("ninja") is None:  # a venv that is not activated keeps it beside its python
         beside = os.path.dirname(sys.executable)
         os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
-    if (
-        torch.cuda.is_available()
-    ):  # for the devices that are here, whatever TORCH_CUDA_ARCH_LIST says
+    arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if torch.cuda.is_available():  # for the devices that are here, whatever the list says
         devices = range(torch.cuda.device_count())
         capabilities = {torch.cuda.get_device_capability(i) for i in devices}
         architectures = [f"-gencode=arch=compute_{a}{b},code=sm_{a}{b}" for a, b in capabilities]
-    elif os.environ.get("TORCH_CUDA_ARCH_LIST"):
+    elif arch_list:
         architectures = []  # torch's own flags, made from the list
     else:
         return None, "a CUDA device must be present (or TORCH_CUDA_ARCH_LIST set), got none"
-    directory = extension._get_build_directory("fused_batch_norm", verbose=False)
+    cpp_source = FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CPP
+    cuda_source = FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CUDA
+    # A directory, and operators, for each build: torch would load what another process built there.
+    built_from = (cpp_source, cuda_source, sorted(architectures) or arch_list, torch.__version__)
+    digest = hashlib.sha256(repr(built_from).encode()).hexdigest()[:12]
+    name = "_".join(("fused_batch_norm", digest))
+    directory = None
+    with contextlib.suppress(OSError):
+        directory = extension._get_build_directory(name, verbose=False)
+    if directory is None or not os.access(directory, os.W_OK):
+        setting = os.environ.get("TORCH_EXTENSIONS_DIR", "none, nor such a home directory")
+        return None, f"TORCH_EXTENSIONS_DIR must be a directory that can be written, got {setting}"
     lock = os.path.join(directory, "lock")
-    if os.path.exists(lock):  # torch would wait without a word, and for ever if nobody builds
-        warnings.warn(
-            f"waiting for the build that holds {lock}: delete it if none is running", stacklevel=2
-        )
+    if hasattr(extension, "FileBaton") and os.path.exists(lock):  # not so from torch 2.14 on
+        # torch would wait without a word, and for ever if nobody builds.
+        waiting = "waiting for the build that holds %s: delete it if none is running"
+        logging.getLogger("fused_batch_norm").warning(waiting, lock)
     library = extension.load_inline(
-        name="fused_batch_norm",
-        cpp_sources=[FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CPP],
-        cuda_sources=[FUSED_BATCH_NORM_CALL + FUSED_BATCH_NORM_CUDA],
+        name=name,
+        cpp_sources=[cpp_source],
+        cuda_sources=[cuda_source],
         extra_cflags=["-O1"],  # it only checks and launches
         extra_cuda_cflags=["-O3", "-split-compile=0", "-Xcompiler=-O1", *sorted(architectures)],
         no_implicit_headers=True,
@@ -2141,7 +2312,7 @@ class ModelNew(torch.nn.Module):
 
     forward(x): x: (N, C, H, W) float32 | float16 | bfloat16 | float64, CUDA; parameters and buffers
     of the same type or float32. Returns y like x, in NCHW or channels-last as x (other strides cost
-    a copy each way). Differentiable by backward. Raises ValueError for x that is not 4-D or has one
+    a copy of x). Differentiable by backward. Raises ValueError for x that is not 4-D or has one
     value per channel in training and for eps that is not positive, RuntimeError for a wrong C,
     dtype or device.
 
@@ -2202,9 +2373,14 @@ class ModelNew(torch.nn.Module):
             self.eps,
             running_mean,
             buffers["running_var"],
-            buffers["num_batches_tracked"],
+            buffers["num_batches_tracked"] if self.training else None,
             self.training or running_mean is None,
             self.momentum,
+        )
+
+    def __prepare_scriptable__(self):  # called by torch.jit.script
+        raise NotImplementedError(
+            "ModelNew must be traced, exported or compiled, got torch.jit.script"
         )
 
     def extra_repr(self):

@@ -21,12 +21,14 @@ def execute(text: str) -> dict:
 def text_of(version: str) -> str:
     """A file's, or a git revision's; LookupError where there is neither."""
     if Path(version).is_file():
-        text = Path(version).read_text()
+        text = Path(version).read_text(errors="replace")
+    elif not version or version.startswith((":", "-")):
+        text = ""  # git would take it for what is staged, or for an option
     else:
         command = ["git", "-C", ROOT, "show", f"{version}:model_new.py"]
-        text = subprocess.run(command, capture_output=True, text=True).stdout
+        text = subprocess.run(command, capture_output=True, text=True, errors="replace").stdout
     if "class ModelNew" not in text:
-        raise LookupError(f"{version} must be a file or revision with ModelNew, got neither")
+        raise LookupError(f"--against must be a file or revision with ModelNew, got {version!r}")
     return text
 
 
@@ -36,11 +38,58 @@ def renamed(text: str, suffix: str) -> str:
 
 
 def sm_80_text(text: str) -> str:
-    """What GPUs without clusters run: compiled as far as PTX of compute capability 8.0 only."""
+    """What GPUs before sm_90 execute: compiled as far as PTX of compute capability 8.0 only."""
     option = '["-gencode=arch=compute_80,code=compute_80"]'
     text, found = re.subn(r'\[f"-gencode=.*?\]', option, text)
     assert found == 1, f"model_new.py chooses its architecture in {found} places, expected 1"
     return renamed(text, "sm_80")
+
+
+CONSIDERED = """
+struct Considered {
+  double cost;
+  Plan plan;
+};
+std::vector<Considered> considered;  // by the planner, since it was last asked
+int taken = -1;                      // of them; or what the planner chooses
+"""
+TAKE_IT = """
+template <typename... Ts>
+Plan make_plan(const Ts&... arguments) {
+  if (taken >= 0) return considered[taken].plan;
+  considered.clear();
+  return choose_plan(arguments...);
+}
+"""
+SHOW_IT = """
+extern "C" int fused_batch_norm_considered() { return int(considered.size()); }
+extern "C" double fused_batch_norm_considered_plan(int i, int* words, size_t bytes) {
+  memcpy(words, &considered[i].plan, std::min(bytes, sizeof(Plan)));
+  return considered[i].cost;
+}
+extern "C" void fused_batch_norm_take(int i) { taken = i; }
+"""
+
+
+def considering(text: str) -> str:
+    """The same with a memory of all plans that Planner::consider gets, each of which can be taken.
+
+    It needs to know three names, Planner::consider, Planner::cost and make_plan. Plans up to twice
+    the best's cost are kept, where a bound prunes.
+    """
+    for pattern, replacement in (
+        (r'^(FUSED_BATCH_NORM_CUDA = r""")$', r"\1\n#include <vector>"),
+        (r"^struct Planner \{$", CONSIDERED + r"\g<0>"),
+        (
+            r"^ *void consider\(const std::optional<Plan>& (\w+)\) \{$",
+            r"\g<0>\n    if (\1) considered.push_back({cost(*\1), *\1});",
+        ),
+        (r"^(Plan&? )make_plan(\(.*?\n\}\n)", r"\1choose_plan\2" + TAKE_IT),
+        (r'^"""\n\nFUSED_BATCH_NORM_CPP', SHOW_IT + r"\g<0>"),
+    ):
+        text, found = re.subn(pattern, replacement, text, flags=re.MULTILINE | re.DOTALL)
+        assert found == 1, f"model_new.py has {found} places for {pattern}, expected 1"
+    return text.replace("> best_cost) continue;", "> 2 * best_cost) continue;")
 
 
 def fields_of_plan(cuda: str) -> list[tuple[str, int, str]]:
@@ -69,7 +118,9 @@ def any_plan_text(text: str) -> str:
 """
     assert text.count(cost) == 1 and text.count("if (is_new) kept") == 1
     text = text.replace(cost, cost + drawn).replace("if (is_new) kept", "kept")
-    declared = 'extern "C" {\nunsigned fused_batch_norm_plan_seed;\n}\n'
+    declared = (
+        'extern "C" unsigned fused_batch_norm_plan_seed;\nunsigned fused_batch_norm_plan_seed;\n'
+    )
     head = 'FUSED_BATCH_NORM_CUDA = r"""\n'
     return renamed(text.replace(head, head + declared), "any_plan")
 

@@ -105,22 +105,27 @@ def host_us(function: Callable, x: torch.Tensor, calls: int = 1) -> float:
     return 1e6 * (time.perf_counter() - start) / calls
 
 
-def take_turns(contenders: dict[str, Callable], xs: list[torch.Tensor]) -> dict[str, list[float]]:
+def take_turns(
+    contenders: dict[str, Callable], xs: list, repeats: int = 0, spin: int = SPIN_CYCLES
+) -> dict[str, list[float]]:
     """The deciles of the GPU time of a call in µs, per contender.
 
-    As benchmark harnesses do, each call comes behind a write that fills L2: else it would have to
-    write back what the one before has left there. Some of that outlives the write, so the order is
-    random; and each call has another x, so that L2 never holds what is read.
+    As benchmark harnesses do, each call follows a write that fills L2: else it would have to write
+    back what the one before has left there. Some of that outlives the write, so the order is
+    random; and each call uses a different x, so that L2 never holds what is read. Without
+    `repeats`, there are as many as fit into BUDGET_US.
     """
     flush = torch.empty(flush_bytes(), device="cuda", dtype=torch.uint8)
-    once_us = sum(host_us(contender, xs[0]) for contender in contenders.values())
+    if not repeats:
+        once_us = sum(host_us(contender, xs[0]) for contender in contenders.values())
+        repeats = max(20, min(100, int(BUDGET_US / once_us)))
     runs: dict[str, list] = {name: [] for name in contenders}
     x, order = itertools.cycle(xs), random.Random(0)
-    for _ in range(WARM_UP + max(20, min(100, int(BUDGET_US / once_us)))):
+    for _ in range(WARM_UP + repeats):
         for name, contender in order.sample(list(contenders.items()), len(contenders)):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
-            torch.cuda._sleep(SPIN_CYCLES)
+            torch.cuda._sleep(spin)
             start.record()
             contender(next(x))
             stop.record()
@@ -179,6 +184,8 @@ def whole_call_us(ours: Callable) -> dict[str, float]:
 class Measured:
     row: Row
     us: dict[str, list[float]]  # deciles, per contender
+    net: str = ""  # whose row it is,
+    layers: int = 1  # and of how many of its layers
 
     def speed_up(self) -> dict[str, float]:
         """How many times as fast as each other contender ours is, by their medians."""
@@ -205,7 +212,7 @@ class Measured:
 
 def markdown(rows: list[dict[str, str]]) -> list[str]:
     """Lines of a table, aligned for the eye as well."""
-    widths = {"x": 23, "p10–p90": 13, "case": 48}
+    widths = {"net": 36, "x": 23, "p10–p90": 13, "case": 48}
     line = lambda cells: f"| {' | '.join(f'{c:>{widths.get(n, 7)}}' for n, c in cells.items())} |"
     head = rows[0]
     return [line({name: name for name in head}), f"|{' ---: |' * len(head)}", *map(line, rows)]
@@ -235,6 +242,15 @@ def measure_rows(
 
 def write_json(file: TextIO, measured: list[Measured]) -> None:
     """Per row the deciles of each contender's times in µs."""
-    rows = [{"x": str(m.row), "channels_last": m.row.channels_last, "us": m.us} for m in measured]
+    rows = [
+        {
+            "net": m.net,
+            "layers": m.layers,
+            "x": str(m.row),
+            "channels_last": m.row.channels_last,
+            "us": m.us,
+        }
+        for m in measured
+    ]
     with file:
         json.dump({"card": torch.cuda.get_device_name(), "rows": rows}, file, indent=1)

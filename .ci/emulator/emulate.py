@@ -114,7 +114,6 @@ def _start_runtime(directory):
 
 def _build(name, directory, cpp_text, cuda_text):
     """Compiles the two texts (cached by content), loads the library and returns its name."""
-    directory.mkdir(parents=True, exist_ok=True)
     version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
     kernel_flags = ["-std=c++17", "-O1", "-g1", "-w", "-fPIC", "-ffp-contract=off"]
     # A call at each load and store, which runtime/memory.cpp answers: no sanitizer is linked.
@@ -170,14 +169,18 @@ def load(text, *, build_dir=None):
     first build takes about 9 s, one that changes only the CUDA text about 5 s, none under 1 s.
     """
     directory = pathlib.Path(build_dir or HERE / "build")
+    directory.mkdir(parents=True, exist_ok=True)
 
-    def load_inline(name, cpp_sources, cuda_sources, **_):
+    def load_inline(cpp_sources, cuda_sources, **_):
         join = lambda sources: sources if isinstance(sources, str) else "\n".join(sources)
-        return _build(name, directory, join(cpp_sources), join(cuda_sources))
+        # Not by the name that is given, which another text has another of: so that the C++ text,
+        # which takes longest, is compiled once.
+        return _build("fused_batch_norm", directory, join(cpp_sources), join(cuda_sources))
 
     extension = torch.utils.cpp_extension
     pretended = [
         (extension, "load_inline", load_inline),
+        (extension, "_get_build_directory", lambda *_, **__: str(directory)),
         (extension, "CUDA_HOME", "emulated"),
         (torch.version, "cuda", "emulated"),
         (torch.cuda, "is_available", lambda: False),
@@ -200,15 +203,26 @@ def load(text, *, build_dir=None):
     return namespace
 
 
-def set_device(multiprocessors=3, shared_bytes=16 * 1024, capability=(9, 0), usable=None):
+def load_host(source, *, build_dir=None):
+    """The library of a C++ source that includes what CUDA texts do; compiled without detectors."""
+    directory = pathlib.Path(build_dir or HERE / "build")
+    directory.mkdir(parents=True, exist_ok=True)
+    _start_runtime(directory)
+    flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{HERE / 'include'}"]
+    key = (source, flags, _own_files())
+    text = directory / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}-host.cpp"
+    command = lambda target: [_compiler(), *flags, text, "-o", target]
+    return ctypes.CDLL(str(_make(directory, "host.so", key, command, source)))
+
+
+def set_device(multiprocessors=3, shared_bytes=16 * 1024, capability=(9, 0), granted=None):
     """The pretended device. shared_bytes: of one block, up to 256 KB; an SM has 1 KB more.
 
-    usable: multiprocessors that launches get, if fewer than the device says that it has.
+    granted: of the multiprocessors, those that launches may use, as in a green context.
     """
     major, minor = capability
-    _runtime.emulator_set_device(
-        multiprocessors, shared_bytes, 10 * major + minor, usable or multiprocessors
-    )
+    granted = multiprocessors if granted is None else granted
+    _runtime.emulator_set_device(multiprocessors, shared_bytes, 10 * major + minor, granted)
 
 
 def set_schedule(seed, policy=None):

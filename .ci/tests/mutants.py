@@ -3,9 +3,9 @@
     python .ci/tests/mutants.py               all of them: some minutes
     python .ci/tests/mutants.py ring eval     those whose name contains one of these words
 
-Applies each edit to a copy of model_new.py's text that takes any plan that fits, and runs the random
-cases of cases.py on pretended devices until one fails in the way that stands beside the mutant. One that survives, or is
-seen by another detector only, points at a check that is missing.
+Applies each edit to a copy of model_new.py's text that takes any plan that fits, and runs the
+random cases of cases.py on pretended devices until one fails in the way that stands beside the
+mutant. One that survives, or is seen by another detector only, points at a check that is missing.
 
 An edit names a function (or struct, lambda, method: `Group::advance`) and the text in it that is
 replaced, which occurs once there; spaces and line ends in it do not count. So what is renamed,

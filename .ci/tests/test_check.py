@@ -37,13 +37,6 @@ def test_wrong_arguments_get_one_line_and_exit_status_2(monkeypatch, capsys, arg
     assert said.count("\n") == 1 and said.startswith("check.py: error: ") and expected in said
 
 
-def test_against_neither_file_nor_revision():
-    """(Without a GPU check.py says first that it needs one.)"""
-    with pytest.raises(LookupError, match="no such thing must be a file or revision"):
-        check.text_of("no such thing")
-    assert "class ModelNew" in check.text_of(str(check.TEXT_PATH))
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_timing_needs_a_gpu(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:

@@ -35,10 +35,9 @@ def test_python(command, file):
 
 CONSTANT = r"^(\w+) = r('''|\"\"\")\n(.*?)\2$"
 TEXTS = {name: text for name, _, text in re.findall(CONSTANT, TEXT, re.MULTILINE | re.DOTALL)}
-EMULATOR = [
-    f for kind in ("include/**/*.h", "runtime/*") for f in SETTINGS.glob(f"emulator/{kind}")
-]
-SOURCES = TEXTS | {file.name: file.read_text() for file in sorted(EMULATOR)}
+CPP = ("emulator/include/**/*.h", "emulator/runtime/*", "tests/*.cpp")
+CPP_FILES = sorted(file for kind in CPP for file in SETTINGS.glob(kind))
+SOURCES = TEXTS | {file.name: file.read_text() for file in CPP_FILES}
 
 
 def test_texts_are_found():

@@ -1,7 +1,6 @@
 """Forwards against float64: the table and random cases, on the GPU or on pretended devices."""
 
 import fcntl
-import timeit
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -119,24 +118,3 @@ def test_every_branch_of_the_plan_is_taken(target, any_plan_model_new, pytestcon
         taken.update(plan.branches(target, case))
     missing = [branch for branch in plan.BRANCHES if not taken[branch]]
     assert not missing, f"taken by none of {len(tried)} cases: {missing}"
-
-
-H100 = cases.Device(132, 227 << 10, (9, 0))
-
-
-def test_no_number_of_a_plan_overflows(target):
-    """For a plane of more than 2³¹ elements, which only the plan can be asked for here."""
-    cases.pretend(target, GPU or H100, schedule=0)
-    assert min(target.plan((2, 1, 2**15, 2**16), torch.float32).values()) >= 0
-
-
-def test_a_plan_takes_little_time(target):
-    """It is part of every call: one of many candidates beside one of few, each the best of 50."""
-    cases.pretend(target, GPU or H100, schedule=0)
-    make_plan = target.names["_fused_batch_norm"].fused_batch_norm_plan
-
-    def fastest(*sizes):
-        make = lambda: make_plan(*sizes, torch.float32, True, 0.1)
-        return min(timeit.repeat(make, number=1, repeat=50))
-
-    assert fastest(128, 256, 56 * 56) < 10 * fastest(128, 10, 1)

@@ -42,19 +42,33 @@ def model(device):
     return model
 
 
+def forget(layer):
+    for t in layer.state_dict().values():
+        t.zero_()
+
+
+def states(model) -> list:
+    return [*model.state_dict().values()]
+
+
 def test_swapping_the_layers_of_a_model(model, model_new, device, monkeypatch):
-    (block,) = [block for block in BLOCKS["python"] if "setattr" in block]
+    there, back = BLOCKS["python"]
     module = types.ModuleType("model_new")
     vars(module).update(model_new)
     monkeypatch.setitem(sys.modules, "model_new", module)
-    eager = copy.deepcopy(model)
-    exec(block, {"model": model})
+    eager, plain = copy.deepcopy(model), copy.deepcopy(model).apply(forget)
+    names = {"model": model, "plain": plain}
+    exec(there, names)
     kinds = [type(layer) for layer in model.modules()]
     assert kinds.count(model_new["ModelNew"]) == 3 and torch.nn.BatchNorm2d not in kinds
     x = torch.randn(4, 3, 8, 8, device=device)
     torch.testing.assert_close(model(x), eager(x), rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(model.buffers(), eager.buffers()):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    exec(back, names)
+    torch.testing.assert_close(plain.state_dict(), dict(zip(plain.state_dict(), states(model))))
+    exec(back, names | {"model": model[1], "plain": plain[1].apply(forget)})  # a layer alone
+    torch.testing.assert_close([*plain[1].state_dict().values()], states(model[1]))
 
 
 def in_this_python(*arguments):

@@ -1,4 +1,4 @@
-"""The path of GPUs without clusters, on any GPU. Pretended devices take it in test_case."""
+"""What GPUs before sm_90 execute, on any GPU. Pretended devices execute it in test_case."""
 
 import cases
 import pytest
@@ -37,5 +37,4 @@ def sm_80_names(text, device):
 @pytest.mark.parametrize("name", NAMES)
 def test_sm_80(target, sm_80_names, name):
     target.names = sm_80_names
-    case = CASES[name]
-    check.check_case(target, case)
+    check.check_case(target, CASES[name])

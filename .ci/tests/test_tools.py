@@ -2,8 +2,6 @@
 
 import copy
 import functools
-import os
-import re
 import sys
 
 import pytest
@@ -424,51 +422,6 @@ def test_eps(target, eps, training):
 
 
 # ---- The build
-
-
-@pytest.fixture
-def build(text, monkeypatch, tmp_path):
-    """Executes the text without compiling: gives its names, and what it gave load_inline."""
-    given = []
-
-    def load_inline(**settings):
-        given.append(settings)
-        return "fused_batch_norm.so"
-
-    monkeypatch.setattr(torch.utils.cpp_extension, "load_inline", load_inline)
-    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", "/usr/local/cuda")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-
-    def execute():
-        names = {}
-        exec(text, names)
-        return names, given
-
-    return execute
-
-
-def test_lock_of_a_killed_build(build, tmp_path):
-    directory = torch.utils.cpp_extension._get_build_directory("fused_batch_norm", verbose=False)
-    lock = os.path.join(directory, "lock")
-    open(lock, "w").close()
-    with pytest.warns(UserWarning, match=f"{re.escape(lock)}.*delete") as warned:
-        _, given = build()
-    assert len(warned) == 1 and "\n" not in str(warned[0].message) and given
-
-
-def test_no_lock_no_word(build, recwarn):
-    build()
-    assert not recwarn.list
-
-
-def test_space_in_the_path_of_torch(build, monkeypatch):
-    monkeypatch.setattr(torch.utils.cpp_extension, "TORCH_LIB_PATH", "/home/my torch/lib")
-    names, given = build()
-    assert not given
-    with pytest.raises(RuntimeError, match="must .*without spaces, got /home/my torch/lib$"):
-        names["ModelNew"](4)(torch.rand(2, 4, 3, 3))
 
 
 def test_loaded_again(target, text):
