@@ -629,7 +629,7 @@ MUTANTS = [
     ),
     (
         "whole pixels: all threads have the first channels",
-        "data race",
+        "values",
         (
             "Group",
             "channel = in_line * kSize;",
@@ -638,7 +638,7 @@ MUTANTS = [
     ),
     (
         "whole pixels: columns of the group side by side with the next line's",
-        "values",
+        "data race",
         (
             "Group",
             "column = in_line; channel",
@@ -736,15 +736,6 @@ MUTANTS = [
         ),
     ),
     (
-        "masks left out though C is not whole vectors",
-        "data race",
-        (
-            "nhwc",
-            "C % size == 0 &&",
-            "",
-        ),
-    ),
-    (
         "masks left out though groups do not divide C",
         "data race",
         (
@@ -773,7 +764,7 @@ MUTANTS = [
     ),
     (
         "three channels in a vector",
-        "data race",
+        "values",
         (
             "Planner::choose",
             "call.HW < size - 1 ||",
@@ -869,7 +860,7 @@ MUTANTS = [
     ),
     (
         "vectors behind the group's end",
-        "data race",
+        "out of bounds",
         (
             "Worker",
             "min(a.vectors_per_thread, int(divide(a.vectors - 1 - first, a.step)) + 1)",
@@ -1041,7 +1032,7 @@ MUTANTS = [
     ),
     (
         "the last place of the ring not filled",
-        "data race",
+        "unwritten",
         (
             "Worker::load",
             "min(ring_vectors, kRing)",
@@ -1071,8 +1062,14 @@ MUTANTS = [
         "data race",
         (
             "Worker::sum",
-            "add(ring(r), c); group.advance(c); if (r + kRing < ring_vectors) group.load(kShared, ring(r), origin, ahead);",
-            "if (r + kRing < ring_vectors) group.load(kShared, ring(r), origin, ahead); add(ring(r), c); group.advance(c);",
+            (
+                "add(ring(r), c); group.advance(c); if (r + kRing < ring_vectors) "
+                "group.load(kShared, ring(r), origin, ahead);"
+            ),
+            (
+                "if (r + kRing < ring_vectors) group.load(kShared, ring(r), origin, ahead); "
+                "add(ring(r), c); group.advance(c);"
+            ),
         ),
     ),
     (
@@ -1198,7 +1195,7 @@ MUTANTS = [
         (
             "Worker::sum",
             "sums[e] = {};",
-            "",
+            "sums[e].s1 += 0;",
         ),
     ),
     # ---- workers: from group to group
@@ -1225,13 +1222,19 @@ MUTANTS = [
         "data race",
         (
             "Worker::store",
-            "group.store(v, origin, at, result, rereads); if (refills) group.load(memory, v, next_origin, at);",
-            "if (refills) group.load(memory, v, next_origin, at); group.store(v, origin, at, result, rereads);",
+            (
+                "group.store(v, origin, at, result, rereads); if (refills) group.load(memory, v, "
+                "next_origin, at);"
+            ),
+            (
+                "if (refills) group.load(memory, v, next_origin, at); group.store(v, origin, at, "
+                "result, rereads);"
+            ),
         ),
     ),
     (
         "places refilled with the group after next",
-        "data race",
+        "values",
         (
             "fused_batch_norm_forward_kernel",
             "worker.store(i, i + stages)",
@@ -1372,7 +1375,7 @@ MUTANTS = [
     ),
     (
         "sums there when all warps' but one are",
-        "barrier",
+        "data race",
         (
             "fused_batch_norm_forward_kernel",
             "blockDim.x / 32 - a.exchange_warps",
@@ -1381,7 +1384,7 @@ MUTANTS = [
     ),
     (
         "results ready when one unit's are",
-        "data race",
+        "unwritten",
         (
             "fused_batch_norm_forward_kernel",
             "stage].ready, a.units",
@@ -1399,7 +1402,7 @@ MUTANTS = [
     ),
     (
         "sums and results share a barrier",
-        "barrier",
+        "unwritten",
         (
             "Block::stage",
             "&barriers.ready,",
@@ -1408,7 +1411,7 @@ MUTANTS = [
     ),
     (
         "all stages share their barriers",
-        "barrier",
+        "unwritten",
         (
             "Block::stage",
             "head.barriers[stage]",
@@ -1467,7 +1470,7 @@ MUTANTS = [
     ),
     (
         "warps for one stage only",
-        "deadlock",
+        "unwritten",
         (
             "Planner::with_team",
             "p.units * stages",
@@ -1540,7 +1543,7 @@ MUTANTS = [
     ),
     (
         "pixel behind pixel: a line's last pixel not carried to its front",
-        "values",
+        "unwritten",
         (
             "ExchangeWarp::block_sums",
             "in_line < elements ? 0 : elements",
@@ -1595,7 +1598,7 @@ MUTANTS = [
     ),
     (
         "sums of blocks beyond the team",
-        "values",
+        "out of bounds",
         (
             "gather",
             "at < count ? ld_relaxed(&slots[at * stride]) : nothing",
@@ -1858,7 +1861,7 @@ MUTANTS = [
     ),
     (
         "statistics of channels behind C",
-        "out of bounds",
+        "data race",
         (
             "ExchangeWarp::save",
             "if (c >= a.C) return;",
@@ -1888,13 +1891,19 @@ MUTANTS = [
         "data race",
         (
             "fused_batch_norm_forward_kernel",
-            "if (a.training && batches && blockIdx.x == 0 && threadIdx.x == 0) atomicAdd(batches, 1);",
+            (
+                "if (a.training && batches && blockIdx.x == 0 && threadIdx.x == 0) "
+                "atomicAdd(batches, 1);"
+            ),
             "",
         ),
         (
             "fused_batch_norm_forward_kernel",
             "const ExchangeWarp<T, kLayout> exchange_warp{b};",
-            "if (a.training && a.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) ++*a.num_batches_tracked; const ExchangeWarp<T, kLayout> exchange_warp{b};",
+            (
+                "if (a.training && a.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) "
+                "++*a.num_batches_tracked; const ExchangeWarp<T, kLayout> exchange_warp{b};"
+            ),
         ),
     ),
     # ---- the layout of shared memory
@@ -1918,7 +1927,7 @@ MUTANTS = [
     ),
     (
         "no room for the barriers",
-        "out of bounds",
+        "data race",
         (
             "Planner::with_places",
             "int(sizeof(Head)) +",
@@ -1976,8 +1985,8 @@ MUTANTS = [
         "host",
         (
             "Planner::with_workers",
-            "multiprocessor_bytes / blocks - device",
-            "multiprocessor_bytes - device",
+            "multiprocessor_bytes / blocks / 256 * 256",
+            "multiprocessor_bytes",
         ),
     ),
     (
@@ -2031,7 +2040,7 @@ MUTANTS = [
 PLANNED_MUTANTS = [
     (
         "a plan remembered for another misalignment",
-        "misaligned",
+        "out of bounds",
         (
             "make_plan",
             "misalignment_of(call, size),",
@@ -2040,7 +2049,7 @@ PLANNED_MUTANTS = [
     ),
     (
         "a plan remembered for another training",
-        "barrier",
+        "out of bounds",
         (
             "make_plan",
             "call.training,",
