@@ -1,8 +1,12 @@
-"""Texts of model_new.py beside the one in the working tree: other versions, other architectures."""
+"""Texts of model_new.py beside the one in the working tree: other versions, other architectures,
+other plans."""
 
+import ctypes
 import re
 import subprocess
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,14 +105,16 @@ def fields_of_plan(cuda: str) -> list[tuple[str, int, str]]:
 
 
 def any_plan_text(text: str) -> str:
-    """Whose planner takes some plan that fits instead of the fastest: another for each seed, which
-    is added to the plan's own numbers. Tests set it by the operator's library: see plan_seed."""
+    """Whose planner takes some plan that fits instead of the fastest: another for each plan_seed.
+
+    Chains of additions longer than kChain cost digits: taken only where nothing else fits.
+    """
     cost = "double cost(const Plan& p) const {\n"
     drawn = """
     uint64_t hash = fused_batch_norm_plan_seed;
     const auto* const words = reinterpret_cast<const unsigned*>(&p);
     for (size_t i = 0; i < sizeof p / 4; ++i) hash = (hash ^ words[i]) * 0x9e3779b97f4a7c15 >> 5;
-    return 1e9 + double(hash % 1000003);
+    return 1e9 + double(hash % 1000003) + (is_nhwc(p.layout) && p.smem_vectors > kChain ? 1e9 : 0);
 """
     assert text.count(cost) == 1 and text.count("if (is_new) kept") == 1
     text = text.replace(cost, cost + drawn).replace("if (is_new) kept", "kept")
@@ -117,3 +123,10 @@ def any_plan_text(text: str) -> str:
     )
     head = 'FUSED_BATCH_NORM_CUDA = r"""\n'
     return renamed(text.replace(head, head + declared), "any_plan")
+
+
+def plan_seed(names: dict) -> ctypes.c_uint:
+    """The variable that chooses the plan, of the names that a text of any_plan_text has made."""
+    end = names["_fused_batch_norm"].name + ".so"
+    (library,) = (path for path in torch.ops.loaded_libraries if str(path).endswith(end))
+    return ctypes.c_uint.in_dll(ctypes.CDLL(library), "fused_batch_norm_plan_seed")

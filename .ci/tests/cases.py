@@ -7,9 +7,10 @@ a case too large for them says small=None.
 
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
+from texts import plan_seed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import check
@@ -23,6 +24,7 @@ class Device:
     multiprocessors: int
     shared_bytes: int  # that one block may have
     capability: tuple[int, int]
+    usable: int | None = None  # multiprocessors that launches may use, if fewer
 
     def __str__(self):
         major, minor = self.capability
@@ -45,8 +47,20 @@ CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (9, 0), (9, 0), (9, 0), 
 def pretend(target: check.Target, device: Device, schedule: int) -> None:
     """From the next launch on. schedule: the seed of who runs when. Nothing to do on a GPU."""
     if not target.cuda:
-        target.emulator.set_device(device.multiprocessors, device.shared_bytes, device.capability)
+        target.emulator.set_device(*astuple(device))
         target.emulator.set_schedule(schedule)
+
+
+def check_random(target: check.Target, seed: int, *, any_plan: bool) -> None:
+    """The random case of this seed on its pretended device.
+
+    any_plan: by the plan of this seed; the target's text is one of any_plan_text.
+    """
+    case, device = random_case(seed)
+    pretend(target, device, schedule=seed)
+    if any_plan:
+        plan_seed(target.names).value = seed
+    check_alone(target, case, seed)
 
 
 def present() -> Device | None:
@@ -130,8 +144,13 @@ def batch_slice(x: torch.Tensor) -> torch.Tensor:
     return whole[1:]
 
 
-check.LAYOUTS |= {"channels_last_slice": batch_slice}
-CHANNELS_LAST = ("channels_last", "channels_last_slice")
+def pixels_unaligned(x: torch.Tensor) -> torch.Tensor:
+    """Channels-last, one element behind a 16-byte boundary."""
+    return unaligned_by(1)(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+check.LAYOUTS |= {"channels_last_slice": batch_slice, "channels_last_unaligned": pixels_unaligned}
+CHANNELS_LAST = ("channels_last", "channels_last_slice", "channels_last_unaligned")
 COPIED = ("strided", "transposed", "channel_slice", "expanded")
 
 
@@ -322,6 +341,7 @@ MORE_CASES = [
         layout="channels_last",
         small=(3, 4, 8, 8),
     ),
+    Case("eval, whole pixels", (2, 64, 4, 4), training=False, layout="channels_last"),
     Case("eval, one value per channel", (1, 6, 1, 1), training=False),
     Case("eval, packed planes longer than a block", (14, 12, 1, 417), training=False),
     Case("eval, N = 0", (0, 6, 4, 4), training=False),
@@ -356,9 +376,11 @@ def memory_for(case: Case) -> int:
 # --------------------------------------------------------------------------------- random cases
 
 
-# Seeds of cases that fail where few others do: the tests and the mutants take these, too.
-RARE_SEEDS = (63, 66, 68, 83, 91, 102, 104, 112, 117, 140, 149, 196, 216, 270, 319)
-RARE_SEEDS += (687, 696, 1683, 5309)
+# Seeds of random cases by plans that are rare: vectors read again in the kernel with many
+# registers or for longer than a chain, many slots, several stages of whole planes, pixels that are
+# not aligned, eval with groups that do not divide C, nothing to do. Tests and mutants take these.
+RARE_SEEDS = (66, 87, 123, 132, 143, 158, 179, 185, 233, 269, 298, 303, 378, 499, 545, 699, 925)
+RARE_SEEDS += (1437, 2769, 4119, 5480)
 
 
 def random_case(seed: int, gpu: Device | None = None) -> tuple[Case, Device]:
@@ -416,11 +438,20 @@ def random_case(seed: int, gpu: Device | None = None) -> tuple[Case, Device]:
         N = 2
     data = r.choice(("mixed", "uniform", "constant", "outlier first", *RANDOM_DATA))
     unaligned = r.choice(("unaligned", *UNALIGNED))
-    layout = r.choice(("contiguous",) * 6 + (*CHANNELS_LAST * 2, *COPIED, unaligned, unaligned))
+    layout = r.choice(
+        ("contiguous",) * 6 + ("channels_last", *CHANNELS_LAST * 2, *COPIED, unaligned, unaligned)
+    )
     if layout in CHANNELS_LAST and r.random() < 0.4:  # large groups, many blocks to a team
         C = r.choice((31, 32, 48, 64, 96, 128, 130))
         N = max(2, int(most_elems / C / (H * W)))
-        device = gpu or replace(device, multiprocessors=r.choice((12, 25)))
+        device = gpu or replace(device, multiprocessors=r.choice((2, 12, 25)))
+    if layout in ("channels_last", "channels_last_unaligned") and r.random() < 0.7:
+        # Whole pixels, whose vectors need no masks where x is aligned.
+        C = vector_elems * r.choice((1, 2, 3, 4, 8, 8, 10, 16, 24, 32))
+        N = max(2, int(min(share_bytes * device.multiprocessors / dtype.itemsize, most_elems)))
+        N = max(2, N // (C * H * W) if r.random() < 0.8 else 2)
+    if not gpu and r.random() < 0.05:
+        device = replace(device, usable=r.randint(1, device.multiprocessors))
     if r.random() < 0.01:
         N, data, layout = 0, "uniform", "contiguous"
     case = Case(
@@ -442,10 +473,38 @@ def random_case(seed: int, gpu: Device | None = None) -> tuple[Case, Device]:
     return case, device
 
 
+def related() -> dict[str, tuple[tuple[Case, Device], tuple[Case, Device]]]:
+    """Two cases that differ in one thing that a plan depends on: the first one's is wrong for the
+    second. No shape is that of another pair: plans are remembered."""
+    device = Device(5, 32 << 10, (9, 0))
+
+    def pair(number, then=None, on=device, **first):
+        shape = (2, 3, 32, 4 * (20 + number))
+        case = Case(f"related {number}", **{"shape": shape, **first})
+        return (case, device), (replace(case, **(then or {})), on)
+
+    buffers = (("track_running_stats", True),)
+    return {
+        "misalignment": pair(1, {"layout": "unaligned"}),
+        "training": pair(2, {"training": True}, training=False),
+        "dtype": pair(3, {"dtype": F16, "params": F16}),
+        "layout of memory": pair(4, {"layout": "channels_last"}),
+        "cumulative average": pair(5, {"settings": (*buffers, ("momentum", None))}),
+        "multiprocessors": pair(6, on=Device(1, 32 << 10, (9, 0)), settings=(("momentum", None),)),
+        "shared memory": pair(7, {}, Device(5, 16 << 10, (9, 0)), shape=(6, 3, 32, 108)),
+        "N": pair(8, {"shape": (3, 3, 32, 112)}),
+        "C": pair(9, {"shape": (2, 4, 32, 116)}),
+        "HW": pair(10, {"shape": (2, 3, 33, 120)}),
+    }
+
+
+RELATED = related()
+
+
 # ------------------------------------------------------------------------------------- one case
 
 
-SLACK = 5  # roundings beyond the rule for a peer as good as it can be; 3,000 random cases needed 2
+SLACK = 8  # roundings beyond the rule for a peer as good as it can be; 3,000 random cases needed 6
 
 
 class Statistics(TorchDispatchMode):

@@ -13,6 +13,7 @@ import os
 import cases
 import pytest
 import torch
+from texts import any_plan_text
 
 import check
 
@@ -55,6 +56,13 @@ def model_new(text, device) -> dict:
     if device == "cuda":
         return check.load_on_gpu(text).names
     return check.load_emulator().load(text)
+
+
+@pytest.fixture(scope="session")
+def any_plan_model_new(text, device) -> dict:
+    """The same, with any plan that fits in place of the fastest: see texts.plan_seed."""
+    text = any_plan_text(text)
+    return check.load_on_gpu(text).names if device == "cuda" else check.load_emulator().load(text)
 
 
 @pytest.fixture

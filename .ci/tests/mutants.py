@@ -3,9 +3,9 @@
     python .ci/tests/mutants.py               all of them: some minutes
     python .ci/tests/mutants.py ring eval     those whose name contains one of these words
 
-Applies each edit to a copy of model_new.py's text, and runs the random cases of cases.py on
-pretended devices until one fails in the way that stands beside the mutant. One that survives, or is
-seen by another detector only, points at a check that is missing.
+Applies each edit to a copy of model_new.py's text that takes any plan that fits, and runs the
+random cases of cases.py on pretended devices until one fails in the way that stands beside the
+mutant. One that survives, or is seen by another detector only, points at a check that is missing.
 
 An edit names a function (or struct, lambda, method: `Group::advance`) and the text in it that is
 replaced, which occurs once there; spaces and line ends in it do not count. So what is renamed,
@@ -27,31 +27,31 @@ import tempfile
 import torch
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "emulator"), str(HERE.parents[1])]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "emulator"), str(HERE.parents[1])]
 
 import cases  # noqa: E402
 import emulate  # noqa: E402
+from texts import any_plan_text  # noqa: E402
 
 import check  # noqa: E402
 
 FIRST_SEEDS = (*range(1, 51), *cases.RARE_SEEDS)  # of the random cases that most are caught by
 ALL_SEEDS = tuple(dict.fromkeys((*FIRST_SEEDS, *range(51, 1001))))
+RELATED = tuple(cases.RELATED)
 BUILD_LIMIT_S = 300  # of one build: nothing that is caught
 CASE_LIMIT_S = 30  # of one case, of the processor's time: the slowest takes 3
 CUDA_BEGINS = re.compile(r"^FUSED_BATCH_NORM_CUDA = r('''|\"\"\")", re.MULTILINE)
 FASTER = '\n#pragma GCC optimize("O0")'  # compiles in a third of the time, most of what one takes
 FLOAT_ALONE = (  # an edit, too
     "make_launch",
-    """case 1: return typed_launch<__half>(call, device);
-    case 2: return typed_launch<__nv_bfloat16>(call, device);
-    default: return typed_launch<double>(call, device);""",
-    'default: throw "not built";',
+    "typed_launch<float>, typed_launch<__half>, typed_launch<__nv_bfloat16>, typed_launch<double>",
+    "typed_launch<float>",
 )
 VALUES = "values"  # what the kernel writes, beside float64
 REFUSED = "refused"  # the launch, by the rules of a GPU
 # Beside these the emulator's detectors, see its README.
 KINDS = {VALUES, REFUSED, "data race", "unwritten", "out of bounds", "misaligned", "undefined"}
-KINDS |= {"barrier", "cluster", "warp", "deadlock", "device", "limit"}
+KINDS |= {"barrier", "warp", "deadlock", "host", "limit"}
 
 # What is wrong, and what must see it (of KINDS); then one edit or more: the function, the text in
 # it, its replacement.
@@ -60,30 +60,46 @@ MUTANTS = [
     (
         "eps outside the root",
         "values",
-        ("exchange", "rsqrt(moments.var + call.eps)", "1 / (sqrt(moments.var) + call.eps)"),
+        (
+            "ExchangeWarp::exchange",
+            "rsqrt(var + a.eps)",
+            "1 / (sqrt(var) + a.eps)",
+        ),
     ),
     (
         "eps forgotten with running statistics",
         "values",
-        ("exchange", "var + call.eps", "var + (call.training ? call.eps : 0)"),
+        (
+            "ExchangeWarp::exchange",
+            "var + a.eps",
+            "var + (a.training ? a.eps : 0)",
+        ),
     ),
     (
         "var unbiased in y",
         "values",
-        ("batch_moments", "m2 * a.per_element,", "m2 * a.per_element_but_one,"),
+        (
+            "ExchangeWarp::exchange",
+            "var = m2 * a.per_element;",
+            "var = m2 * a.per_element_less;",
+        ),
     ),
     (
         "running_var biased",
         "values",
-        ("Channel::save", "moments.m2 * a.per_element_but_one", "moments.var"),
+        (
+            "ExchangeWarp::save",
+            "m2 * a.per_element_less",
+            "m2 * a.per_element",
+        ),
     ),
     (
         "momentum weighs the old mean",
         "values",
         (
-            "Channel::save",
-            "(1 - factor) * running_mean + factor",
-            "factor * running_mean + (1 - factor)",
+            "ExchangeWarp::save",
+            "(1 - factor) * of.running_mean + factor",
+            "factor * of.running_mean + (1 - factor)",
         ),
     ),
     (
@@ -91,66 +107,107 @@ MUTANTS = [
         "values",
         (
             "fused_batch_norm_forward_kernel",
-            "*call.num_batches_tracked + 1",
-            "*call.num_batches_tracked + 2",
+            "*a.num_batches_tracked + 1",
+            "*a.num_batches_tracked + 2",
         ),
     ),
     (
         "no cumulative average",
         "values",
-        ("fused_batch_norm_forward_kernel", "(call.cumulative)", "(call.cumulative > 1)"),
+        (
+            "fused_batch_norm_forward_kernel",
+            "if (a.cumulative)",
+            "if (a.cumulative > 1)",
+        ),
     ),
     (
         "momentum None is 0.1",
         "values",
-        ("run", "momentum.value_or(0)", "momentum.value_or(0.1)"),
-        ("run", "call.cumulative = !momentum.has_value();", ""),
+        (
+            "run",
+            "momentum.value_or(0)",
+            "momentum.value_or(0.1)",
+        ),
+        (
+            "run",
+            "call.cumulative = !momentum.has_value();",
+            "",
+        ),
     ),
     (
         "eval uses the batch's statistics",
         "values",
-        ("ModelNew", "self.training or running_mean is None", "True"),
+        (
+            "ModelNew",
+            "self.training or running_mean is None",
+            "True",
+        ),
     ),
     (
         "eval: only a team's first block knows the statistics",
         "values",
-        ("load_channel", "(b.rank == 0 || !call.training)", "b.rank == 0"),
+        (
+            "ExchangeWarp::load_channel",
+            "(b.rank == 0 || !a.training)",
+            "b.rank == 0",
+        ),
     ),
     (
         "beta forgotten",
         "values",
-        ("Channel::result", "beta - (mean - A(mean)) * scale", "(A(mean) - mean) * scale"),
+        (
+            "ExchangeWarp::exchange",
+            "of.beta - (mean - A(mean)) * scale",
+            "(A(mean) - mean) * scale",
+        ),
     ),
     (
         "the mean's low part forgotten",
         "values",
-        ("Channel::result", "beta - (mean - A(mean)) * scale", "beta"),
+        (
+            "ExchangeWarp::exchange",
+            "of.beta - (mean - A(mean)) * scale",
+            "of.beta",
+        ),
     ),
     (
         "the mean folded into the shift",
         "values",
         (
             "Group::store",
-            "(widen(v, i) - of.mean) * of.scale + of.shift",
-            "widen(v, i) * of.scale + (of.shift - of.mean * of.scale)",
+            "(widen(v, i) - r.mean[k]) * r.scale[k] + r.shift[k]",
+            "widen(v, i) * r.scale[k] + (r.shift[k] - r.mean[k] * r.scale[k])",
         ),
     ),
     (
         "gamma read as float whatever it is",
         "values",
-        ("load_channel", "(call.gamma, c, call.affine_float)", "(call.gamma, c, true)"),
+        (
+            "ExchangeWarp::load_channel",
+            "(a.gamma, c, a.affine_float)",
+            "(a.gamma, c, true)",
+        ),
     ),
     (
         "running_var stored as float whatever it is",
         "out of bounds",
         (
-            "Channel::save",
-            "(call.running_var, c, call.running_float,",
-            "(call.running_var, c, true,",
+            "ExchangeWarp::save",
+            "(a.running_var, c, a.running_float,",
+            "(a.running_var, c, true,",
         ),
     ),
     (
-        "a word's elements exchanged",
+        "inv_std saved before it is one",
+        "values",
+        (
+            "ExchangeWarp::save",
+            "A(inv_std)",
+            "A(m2)",
+        ),
+    ),
+    (
+        "a pair of bfloat16 exchanged",
         "values",
         (
             "make_vector",
@@ -159,228 +216,574 @@ MUTANTS = [
         ),
     ),
     (
-        "the last element of the tail left out",
+        "a pair of float16 exchanged",
         "values",
-        ("Group::load_tail", "i < at.end)", "i < at.end - 1)"),
+        (
+            "make_vector",
+            "__floats2half2_rn(v[2 * i], v[2 * i + 1])",
+            "__floats2half2_rn(v[2 * i + 1], v[2 * i])",
+        ),
+    ),
+    (
+        "a double's upper word is the first one's",
+        "values",
+        (
+            "Vector::get",
+            "word[i * 2 % 4 + 1]",
+            "word[1]",
+        ),
+    ),
+    (
+        "the last element before the end of x left out",
+        "values",
+        (
+            "Group::load_elements",
+            "i < e.end)",
+            "i < e.end - 1)",
+        ),
     ),
     # ---- the pivot
     (
         "sums about 0",
         "values",
-        ("set_pivots", "isfinite(mean) ? widen(round_to<T>(mean)) : A(0)", "0"),
+        (
+            "ExchangeWarp::set_pivots",
+            "isfinite(mean) ? widen(round_to<T>(mean)) : A(0)",
+            "0",
+        ),
     ),
     (
         "a pivot that is not finite",
         "values",
-        ("set_pivots", "isfinite(mean) ? widen(round_to<T>(mean)) : A(0)", "mean"),
+        (
+            "ExchangeWarp::set_pivots",
+            "isfinite(mean) ? widen(round_to<T>(mean)) : A(0)",
+            "mean",
+        ),
     ),
     (
         "the mean of a sample that an outlier is in",
         "values",
         (
-            "set_pivots",
-            "max(min(v, next), min(max(v, next), widen(s.run[(r + 2) % kRuns])))",
-            "v",
+            "ExchangeWarp::set_pivots",
+            "max(min(u, v), min(max(u, v), w))",
+            "u",
         ),
     ),
     (
         "the mean counted from 0, not from the pivot",
         "values",
-        ("batch_moments", "pivot + offset", "offset"),
+        (
+            "ExchangeWarp::exchange",
+            "mean = (leads ? own.pivot[channel] : A(0)) + offset",
+            "mean = offset",
+        ),
     ),
-    ("var about the pivot", "values", ("batch_moments", "- s1 * offset", "")),
+    (
+        "var about the pivot",
+        "values",
+        (
+            "ExchangeWarp::exchange",
+            "- sums.s1 * offset",
+            "",
+        ),
+    ),
     (
         "each block its own pivot",
         "values",
-        ("sample", "seed * 0x9e3779b9u", "(seed + blockIdx.x) * 0x9e3779b9u"),
+        (
+            "ExchangeWarp::sample",
+            "seed * 0x9e3779b9u",
+            "(seed + blockIdx.x) * 0x9e3779b9u",
+        ),
     ),
     (
         "runs of samples that reach past the plane",
         "out of bounds",
-        ("sample", "- (apart ? 0 : kRunElements - 1)", ""),
+        (
+            "ExchangeWarp::sample",
+            "- (apart ? 0 : parts - 1)",
+            "",
+        ),
+    ),
+    (
+        "planes shorter than a run taken for long ones",
+        "out of bounds",
+        (
+            "ExchangeWarp::sample",
+            "apart = a.HW < parts",
+            "apart = false",
+        ),
     ),
     (
         "a sample of a channels-last x read as of NCHW",
         "values",
-        ("sample", "channel + at * call.C", "channel * call.HW + at"),
+        (
+            "ExchangeWarp::sample",
+            "c + at * a.C",
+            "c * a.HW + at",
+        ),
     ),
     (
         "a sample of the channel behind the last",
         "out of bounds",
-        ("sample", "min(channel_of(i), int(call.C) - 1)", "channel_of(i)"),
-    ),
-    (
-        "runs of twice as many elements",
-        "out of bounds",
-        ("sample", "% kRunElements", "% (2 * kRunElements)"),
+        (
+            "ExchangeWarp::sample",
+            "min(channel_in_x(i), int(a.C) - 1)",
+            "channel_in_x(i)",
+        ),
     ),
     (
         "the group before's pivot",
         "values",
         (
-            "sample",
-            "channel_of(i)",
-            "channel_of(max(i - int(b.p.sets.divisor), 0))",
+            "ExchangeWarp::sample",
+            "channel_in_x(i)",
+            "channel_in_x(max(i - int(a.stages.divisor), 0))",
         ),
     ),
     (
         "pivots left in the place of the group before",
         "data race",
-        ("set_pivots", "b.turn(i)", "b.turn(max(i - int(b.p.sets.divisor), 0))"),
+        (
+            "ExchangeWarp::set_pivots",
+            "b.stage(i)",
+            "b.stage(max(i - int(a.stages.divisor), 0))",
+        ),
     ),
     (
-        "pivots of channels outside the group",
-        "unwritten",
+        "all lanes of a channel write its pivot",
+        "data race",
         (
-            "Group::each_part",
-            "min(unsigned(c), unsigned(p.channels) - 1)",
-            "unsigned(c)",
+            "ExchangeWarp::set_pivots",
+            "if (leads)",
+            "if (channel < a.channels)",
+        ),
+    ),
+    (
+        "pivots of two phases in one place",
+        "data race",
+        (
+            "Block::stage",
+            "result + (3 + (phase & 1)) * channels",
+            "result + 3 * channels",
         ),
     ),
     (
         "pivots left behind the result that shows them",
         "unwritten",
-        ("exchange", "prepare_pivots(set + sets);", ""),
-        ("exchange", "i + 2 * sets", "i + sets"),
+        (
+            "ExchangeWarp::exchange",
+            "prepare_pivots(stage + stages);",
+            "",
+        ),
+        (
+            "ExchangeWarp::exchange",
+            "i + 2 * stages",
+            "i + stages",
+        ),
+    ),
+    (
+        "pivots of channels outside the group",
+        "unwritten",
+        (
+            "Group::load_channels",
+            "min(unsigned(c), unsigned(a.channels) - 1)",
+            "unsigned(c)",
+        ),
     ),
     # ---- groups: where vectors lie, which of their elements count, whose they are
     (
         "the first edge of a plane summed",
         "data race",
-        ("Group::place", "w.in_row == 0 ? behind : 0", "0"),
+        (
+            "Group::elements",
+            "if (c.in_line == 0) e.begin = before;",
+            "",
+        ),
     ),
     (
         "the last edge of a plane summed",
-        "out of bounds",
-        ("Group::place", "to_last < 0 ? kSize", "to_last < 2 ? kSize"),
+        "data race",
+        (
+            "Group::elements",
+            "if (past >= 0)",
+            "if (past >= 1)",
+        ),
     ),
     (
         "a plane's tail one element longer",
-        "out of bounds",
-        ("typed_launch", "int(call.HW - (", "int(call.HW + 1 - ("),
+        "data race",
+        (
+            "typed_launch",
+            "int(call.HW - (",
+            "int(call.HW + 1 - (",
+        ),
     ),
     (
         "planes aligned as the tensor",
         "out of bounds",
-        ("Group::origin", "* call.HW + a.shift", "* call.HW"),
+        (
+            "Group::origin",
+            "uint64_t(g) * a.HW + a.misalignment",
+            "uint64_t(g) * a.HW",
+        ),
     ),
     (
-        "edges stored as whole vectors",
+        "a plane's first vector taken for whole",
         "data race",
-        ("Group::store", "!kMasked || at.end - at.begin == kSize", "true"),
+        (
+            "Group::is_whole",
+            "c.in_line - 1 < max(width, 3u) - 3",
+            "c.in_line < max(width, 3u) - 2",
+        ),
     ),
     (
-        "reads past the end of x",
+        "a plane's last vectors taken for whole",
+        "data race",
+        (
+            "Group::is_whole",
+            "max(width, 3u) - 3",
+            "max(width, 2u) - 2",
+        ),
+    ),
+    (
+        "a plane of two vectors taken for a long one",
+        "data race",
+        (
+            "Group::is_whole",
+            "max(width, 3u) - 3",
+            "width - 3",
+        ),
+    ),
+    (
+        "pixels whole at the edges of a group",
+        "data race",
+        (
+            "Group::is_whole",
+            "o.end - o.begin == kSize &&",
+            "",
+        ),
+    ),
+    (
+        "pixels whole at the ends of x",
         "out of bounds",
-        ("Group::load", "kMasked && at.vector >= a.whole", "false"),
+        (
+            "Group::is_whole",
+            "&& is_inside_x(vector(o, c))",
+            "",
+        ),
+    ),
+    (
+        "the first vector of x taken for one inside",
+        "out of bounds",
+        (
+            "Group::is_inside_x",
+            "v - 1 < max(a.whole_vectors, 1u) - 1",
+            "v < a.whole_vectors",
+        ),
+    ),
+    (
+        "the vector at the end of x taken for one inside",
+        "out of bounds",
+        (
+            "Group::is_inside_x",
+            "max(a.whole_vectors, 1u) - 1",
+            "a.whole_vectors",
+        ),
     ),
     (
         "an x of less than a vector taken for one of many",
         "out of bounds",
-        ("Group", "max(a.whole, 1u) - 1", "a.whole - 1"),
+        (
+            "Group::is_inside_x",
+            "max(a.whole_vectors, 1u) - 1",
+            "a.whole_vectors - 1",
+        ),
+    ),
+    (
+        "reads past the end of x",
+        "out of bounds",
+        (
+            "Group::load",
+            "at >= a.whole_vectors",
+            "false",
+        ),
     ),
     (
         "x ends within a vector that is read as a whole",
         "out of bounds",
         (
             "typed_launch",
-            "unsigned((call.N * call.C * call.HW + shift) / kSize)",
-            "unsigned((call.N * call.C * call.HW + shift) / kSize + 1)",
+            "(call.N * call.C * call.HW + misalignment) / kSize",
+            "(call.N * call.C * call.HW + misalignment) / kSize + 1",
+        ),
+    ),
+    (
+        "edges stored as whole vectors",
+        "data race",
+        (
+            "Group::store",
+            "const bool whole = is_whole(o, c);",
+            "const bool whole = true;",
         ),
     ),
     (
         "parts of pixels taken for pixel behind pixel",
         "data race",
-        ("Group::periodic", "&& p.pixel.divisor == p.width.divisor", ""),
+        (
+            "Group::periodic",
+            "&& a.segment.divisor == a.width.divisor",
+            "",
+        ),
     ),
     (
         "the channel before a group counts",
         "data race",
-        ("Group::origin", "o.begin = max(0, -channel);", ""),
+        (
+            "Group::origin",
+            "o.begin = max(0, -channel);",
+            "",
+        ),
     ),
     (
         "channels behind C count",
         "data race",
-        ("Group::origin", "min(p.channels, int(call.C) - g * p.channels)", "p.channels"),
+        (
+            "Group::origin",
+            "min(a.channels, int(a.C) - g * a.channels)",
+            "a.channels",
+        ),
     ),
     (
         "parts of pixels not masked",
         "data race",
-        ("Group::origin", "kLayout == kPixels && !periodic()", "false"),
+        (
+            "Group::origin",
+            "kLayout == kNhwcMasked && !periodic()",
+            "false",
+        ),
     ),
     (
         "pixel behind pixel masked as parts of pixels",
         "values",
-        ("Group::origin", "&& !periodic()", ""),
+        (
+            "Group::origin",
+            "&& !periodic()",
+            "",
+        ),
     ),
     (
         "elements before x count",
         "out of bounds",
-        ("Group::place", "if (at.vector == 0) at.begin = max(at.begin, a.shift);", ""),
+        (
+            "Group::elements",
+            "e.begin = int(max(int64_t(e.begin), -first));",
+            "",
+        ),
     ),
     (
         "elements behind x count",
         "out of bounds",
-        ("Group::place", "at.end = int(min(int64_t(at.end), left));", ""),
+        (
+            "Group::elements",
+            "e.end = int(max(min(int64_t(e.end), a.N * a.C * a.HW - first), int64_t(0)));",
+            "",
+        ),
     ),
     (
         "a pixel's part counted from its vector's first element",
         "data race",
-        ("Group", "- int(first % kSize)", ""),
-    ),
-    (
-        "the pixels of a row side by side",
-        "data race",
-        ("Group", "column = first / kSize + in_pixel", "column = in_row"),
-    ),
-    (
-        "channels of a row counted without end",
-        "values",
-        ("Group", "if (periodic()) while", "if (false) while"),
-    ),
-    (
-        "a packed vector's split off by one",
-        "values",
         (
             "Group",
-            "int(p.pixel.divisor) - offset, kSize",
-            "int(p.pixel.divisor) - offset + 1, kSize",
+            "- int(first % kSize)",
+            "",
         ),
     ),
     (
-        "no split: all elements are the first channel's",
+        "the pixels of a line side by side",
+        "data race",
+        (
+            "Group",
+            "column = unsigned(first / kSize) + in_pixel",
+            "column = in_line",
+        ),
+    ),
+    (
+        "channels of a line counted without end",
         "values",
-        ("Group::pick", "i < split ? of[0] : of[kParts - 1]", "of[0]"),
+        (
+            "Group",
+            "if (periodic()) while",
+            "if (false) while",
+        ),
+    ),
+    (
+        "a line's channels do not begin again behind C",
+        "values",
+        (
+            "Group::load_channels",
+            "if (c == int(a.C) && periodic()) c = 0;",
+            "",
+        ),
+    ),
+    (
+        "whole pixels: all threads have the first channels",
+        "values",
+        (
+            "Group",
+            "channel = in_line * kSize;",
+            "channel = 0;",
+        ),
+    ),
+    (
+        "whole pixels: columns of the group side by side with the next line's",
+        "data race",
+        (
+            "Group",
+            "column = in_line; channel",
+            "column = 0; channel",
+        ),
+    ),
+    (
+        "packed: a vector's split one element late",
+        "values",
+        (
+            "Group",
+            "int(a.HW) - element, kSize",
+            "int(a.HW) - element + 1, kSize",
+        ),
+    ),
+    (
+        "packed: a vector's split one element early",
+        "values",
+        (
+            "Group",
+            "int(a.HW) - element, kSize",
+            "int(a.HW) - element - 1, kSize",
+        ),
+    ),
+    (
+        "packed: a channel more with each element",
+        "values",
+        (
+            "Group::load_channels",
+            "if (kLayout != kNchwPacked || k + 1 == split) ++c;",
+            "++c;",
+        ),
+    ),
+    (
+        "packed: all elements are the first channel's",
+        "values",
+        (
+            "Group::load_channels",
+            "|| k + 1 == split",
+            "",
+        ),
+    ),
+    (
+        "packed: the next channel's elements summed as this one's",
+        "values",
+        (
+            "Worker::store_partials",
+            "of[1].add(sums[e])",
+            "of[0].add(sums[e])",
+        ),
+    ),
+    (
+        "packed: the split counts for one element more",
+        "values",
+        (
+            "Worker::store_partials",
+            "e < group.split",
+            "e <= group.split",
+        ),
+    ),
+    (
+        "packed: a plane's elements counted in vectors",
+        "values",
+        (
+            "nchw",
+            "channels > 1 ? call.HW : width",
+            "width",
+        ),
     ),
     (
         "no vector more where x is not aligned",
         "values",
-        ("pixels", "(p.pixels > 1 || shift_bytes(call) > 0)", "(p.pixels > 1)"),
+        (
+            "nhwc",
+            "(p.pixels > 1 || misalignment > 0)",
+            "(p.pixels > 1)",
+        ),
     ),
     (
-        "no row more where x is not aligned",
+        "no line more where x is not aligned",
         "values",
-        ("pixels", "pixels * C + size - 1", "pixels * C"),
+        (
+            "nhwc",
+            "(pixels * C + size - 1 +",
+            "(pixels * C +",
+        ),
+    ),
+    (
+        "masks left out though x is not aligned",
+        "out of bounds",
+        (
+            "nhwc",
+            "&& !misalignment",
+            "",
+        ),
+    ),
+    (
+        "masks left out though groups do not divide C",
+        "data race",
+        (
+            "nhwc",
+            "C % channels == 0 &&",
+            "",
+        ),
     ),
     (
         "one vector too few for a plane's edges",
         "values",
-        ("planes", "(call.HW + size - 2) / size + 1", "(call.HW + size - 2) / size"),
-    ),
-    (
-        "channels beyond whole packs",
-        "values",
-        ("packed_planes", "call.C % channels ||", ""),
+        (
+            "nchw",
+            "(call.HW + size - 2) / size + 1",
+            "(call.HW + size - 2) / size",
+        ),
     ),
     (
         "packed though x is not aligned",
         "out of bounds",
-        ("packed_planes", "shift_bytes(call) > 0 ||", ""),
+        (
+            "Planner::choose",
+            "misalignment_of(call, size) > 0 ||",
+            "",
+        ),
     ),
     (
         "three channels in a vector",
-        "data race",
-        ("packed_planes", "call.HW < size - 1 ||", ""),
+        "values",
+        (
+            "Planner::choose",
+            "call.HW < size - 1 ||",
+            "",
+        ),
+    ),
+    (
+        "channels beyond whole packs",
+        "values",
+        (
+            "Planner::choose",
+            "call.C % channels > 0 ||",
+            "",
+        ),
+        (
+            "nchw",
+            "call.C % channels ||",
+            "",
+        ),
     ),
     (
         "the division's magic rounded down",
@@ -394,358 +797,692 @@ MUTANTS = [
     (
         "the last round has a group for every team",
         "out of bounds",
-        ("Block", "- (first_group + (p.rounds - 1) * p.teams >= p.groups)", ""),
+        (
+            "Block",
+            "- (first_group + (a.rounds - 1) * a.teams >= a.Plan::groups)",
+            "",
+        ),
     ),
-    # ---- workers: rows of vectors
+    (
+        "a team's groups one behind the other's first",
+        "data race",
+        (
+            "Block::group",
+            "first_group + i * a.teams",
+            "first_group + i",
+        ),
+    ),
+    # ---- workers: a thread's vectors
     (
         "blocks of a team take the same vectors",
         "data race",
-        ("work", "b.rank * p.share + thread", "thread"),
+        (
+            "Worker",
+            "b.rank * a.share + thread",
+            "thread",
+        ),
     ),
     (
         "a thread's next vector is the next block's",
         "data race",
-        ("work", "step = p.step.divisor", "step = p.threads"),
+        (
+            "Planner::with_workers",
+            "in_turn ? int64_t(team) * workers : workers",
+            "workers",
+        ),
     ),
     (
-        "a block's rows neither side by side nor in turn",
+        "a block's vectors neither side by side nor in turn",
         "data race",
-        ("Planner::with_threads", "in_turn ? threads : p.rows * threads", "threads"),
+        (
+            "Planner::with_workers",
+            "in_turn ? workers : p.vectors_per_thread * workers",
+            "workers",
+        ),
     ),
     (
         "threads beyond take vectors",
         "data race",
-        ("work", "thread < unsigned(p.threads) &&", ""),
-    ),
-    (
-        "a thread's last row left out",
-        "values",
         (
-            "work",
-            "int(divide(p.vectors - 1 - first, p.step)) + 1",
-            "int(divide(p.vectors - 1 - first, p.step))",
+            "Worker",
+            "thread < unsigned(a.workers) &&",
+            "",
         ),
     ),
     (
-        "rows behind the group's end",
-        "out of bounds",
-        ("work", "min(p.rows, int(divide(p.vectors - 1 - first, p.step)) + 1)", "p.rows"),
+        "a thread's last vector left out",
+        "values",
+        (
+            "Worker",
+            "int(divide(a.vectors - 1 - first, a.step)) + 1",
+            "int(divide(a.vectors - 1 - first, a.step))",
+        ),
     ),
     (
-        "a row both in registers and in shared memory",
-        "values",
-        ("work", "(Walk& at, auto use)", "(Walk at, auto use)"),
+        "vectors behind the group's end",
+        "out of bounds",
+        (
+            "Worker",
+            "min(a.vectors_per_thread, int(divide(a.vectors - 1 - first, a.step)) + 1)",
+            "a.vectors_per_thread",
+        ),
     ),
-    ("no carry to the next row", "values", ("Group::advance", "w.in_row >= width", "false")),
+    (
+        "vectors behind the block's share",
+        "data race",
+        (
+            "Worker",
+            "min(a.vectors_per_thread, int(divide(a.vectors - 1 - first, a.step)) + 1)",
+            "int(divide(a.vectors - 1 - first, a.step)) + 1",
+        ),
+    ),
+    (
+        "a vector both in registers and in shared memory",
+        "values",
+        (
+            "Worker::each_reg_vector",
+            "group.advance(c);",
+            "",
+        ),
+    ),
+    (
+        "the last vector in registers left out",
+        "values",
+        (
+            "Worker::each_reg_vector",
+            "r >= reg_vectors",
+            "r + 1 >= reg_vectors",
+        ),
+    ),
+    (
+        "no carry to the next line",
+        "data race",
+        (
+            "Group::advance",
+            "c.in_line >= width",
+            "false",
+        ),
+    ),
     (
         "a carry one vector late",
-        "values",
-        ("Group::advance", "w.in_row >= width", "w.in_row > width"),
-    ),
-    ("the rows of a step forgotten", "data race", ("Group::advance", "w.row += step_row;", "")),
-    (
-        "a share's first row counted one by one",
         "data race",
-        ("Group::walk", "row * row_stride,", "row,"),
+        (
+            "Group::advance",
+            "c.in_line >= width",
+            "c.in_line > width",
+        ),
+    ),
+    (
+        "the lines of a step forgotten",
+        "data race",
+        (
+            "Group::advance",
+            "c.line += step.line;",
+            "",
+        ),
+    ),
+    (
+        "a share's first line counted one by one",
+        "data race",
+        (
+            "Group::cursor",
+            "line * line_stride",
+            "line",
+        ),
     ),
     (
         "halves cut elsewhere in every other group",
         "data race",
-        ("work::each_smem_row", "(smem_rows + 1) / 2", "(smem_rows + (i & 1)) / 2"),
-    ),
-    (
-        "half types' odd planes without a ring",
-        "values",
-        ("work", "(kLayout == kMaskedPlanes && sizeof(T) != 4)", "false"),
-    ),
-    (
-        "a ring in places that other rows have",
-        "data race",
-        ("work", "p.smem_rows - (overflows ? kRing : 0)", "p.smem_rows"),
-    ),
-    (
-        "a ring in the first places",
-        "data race",
-        ("work", "p.smem_rows - kRing + row % kRing", "row % kRing"),
-    ),
-    (
-        "the last place of the ring not filled",
-        "data race",
-        ("work::load", "min(ring_rows, kRing)", "kRing - 1"),
-    ),
-    (
-        "rows of the ring summed before they are there",
-        "data race",
-        ("work::sum", "cp_async_wait_group<kRing - 1>()", "cp_async_wait_group<kRing>()"),
-    ),
-    (
-        "rows of the ring stored before they are there",
-        "data race",
-        ("work::store", "cp_async_wait_group<kRing - 1>()", "cp_async_wait_group<kRing>()"),
-    ),
-    (
-        "a row of the ring overwritten before it is summed",
-        "data race",
         (
-            "work::sum",
-            "add(ring(row), at); group.advance(at); if (row + kRing < ring_rows) "
-            "group.load(kShared, ring(row), origin, ahead);",
-            "if (row + kRing < ring_rows) group.load(kShared, ring(row), origin, ahead); "
-            "add(ring(row), at); group.advance(at);",
+            "Worker::each_smem_vector",
+            "(smem_vectors + 1) / 2",
+            "(smem_vectors + (i & 1)) / 2",
         ),
     ),
-    ("rows of the ring masked as the first", "values", ("work::sum", "group.advance(at);", "")),
     (
-        "rows for the ring one too early",
+        "the second half of the vectors in shared memory left out",
         "values",
-        ("work::sum", "ring_walk(kRing)", "ring_walk(kRing - 1)"),
+        (
+            "Worker::each_smem_vector",
+            "half == 0 ? middle : end",
+            "middle",
+        ),
     ),
-    (
-        "rows sent for that no place of the ring is for",
-        "out of bounds",
-        ("work::sum", "row + kRing < ring_rows", "row + kRing <= ring_rows"),
-    ),
-    (
-        "the ring comes back with the next group's rows",
-        "values",
-        ("work::store", "origin, ring_walk(row - kRing)", "next_origin, ring_walk(row - kRing)"),
-    ),
-    (
-        "the ring filled again with the group that is there already",
-        "values",
-        ("work::store", "ring(row), next_origin, here", "ring(row), origin, here"),
-    ),
-    (
-        "the ring filled behind the last group",
-        "barrier",
-        ("work::store", "else if (refills) group", "else group"),
-    ),
-    (
-        "the ring comes back with the row that has just been stored",
-        "values",
-        ("work::store", "ring_walk(row - kRing)", "ring_walk(row)"),
-    ),
-    (
-        "the kernel with few rows for a plan with many",
-        "values",
-        ("typed_launch", "plan.reg_rows > register_rows", "plan.reg_rows > 16 + register_rows"),
-    ),
-    (
-        "rows in registers though several groups are under way",
-        "values",
-        ("Planner::with_threads", "stages == 1 ? std::min", "stages > 0 ? std::min"),
-    ),
-    # ---- workers: the ring of places
     (
         "the places of a stage overlap the next's",
         "data race",
-        ("work::each_smem_row", "stage * p.smem_rows * threads", "stage * p.smem_rows"),
-    ),
-    (
-        "places refilled with the group that is there already",
-        "values",
-        ("work::store", "group.origin(b.group(next))", "group.origin(b.group(i))"),
-    ),
-    (
-        "places refilled behind the last group",
-        "out of bounds",
-        ("work::store", "refills = next < b.groups", "refills = true"),
-    ),
-    (
-        "L2 asked for what is behind x",
-        "out of bounds",
-        ("Group::load", "prefetch_global_L2(x + at.vector)", "prefetch_global_L2(x + a.whole + 1)"),
-    ),
-    (
-        "first groups loaded that are not there",
-        "barrier",
         (
-            "work::load",
-            "if (i < b.groups) group.load(kShared, v,",
-            "group.load(kShared, v,",
+            "Worker::each_smem_vector",
+            "stage * a.smem_vectors * workers",
+            "stage * a.smem_vectors",
         ),
     ),
     (
-        "the first groups loaded last first",
-        "unwritten",
-        ("work", "load(i + stages - 1);", "load(-i);"),
-    ),
-    (
-        "places refilled before they are stored",
+        "both halves one group of copies",
         "data race",
         (
-            "work::store",
-            (
-                "group.store(v, origin, w, result, overflows); "
-                "if (refills) group.load(kShared, v, next_origin, w);"
-            ),
-            (
-                "if (refills) group.load(kShared, v, next_origin, w); "
-                "group.store(v, origin, w, result, overflows);"
-            ),
+            "Worker::commit_first_half",
+            "half == 1",
+            "half == 2",
         ),
     ),
     (
         "first halves summed before they are there",
         "data race",
-        ("work::sum", "cp_async_wait_group<3>()", "cp_async_wait_group<4>()"),
+        (
+            "Worker::sum",
+            "cp_async_wait_group<1>()",
+            "cp_async_wait_group<2>()",
+        ),
     ),
     (
         "second halves summed before they are there",
         "data race",
-        ("work::sum", "cp_async_wait_group<2>()", "cp_async_wait_group<3>()"),
+        (
+            "Worker::sum",
+            "cp_async_wait_group<0>()",
+            "cp_async_wait_group<1>()",
+        ),
     ),
     (
-        "first halves summed before they are there, no later group under way",
-        "data race",
-        ("work::sum", "cp_async_wait_group<1>()", "cp_async_wait_group<2>()"),
+        "vectors in registers though several groups are in flight",
+        "values",
+        (
+            "Planner::with_workers",
+            "if (stages > 1) p.reg_vectors = 0;",
+            "",
+        ),
     ),
     (
-        "second halves summed before they are there, no later group under way",
+        "the kernel with few registers for a plan with many vectors there",
+        "values",
+        (
+            "typed_launch",
+            "p.deep ?",
+            "false ?",
+        ),
+    ),
+    # ---- workers: the ring
+    (
+        "a ring in places that other vectors have",
         "data race",
-        ("work::sum", "cp_async_wait_group<0>()", "cp_async_wait_group<1>()"),
+        (
+            "Worker",
+            "a.smem_vectors - (rereads ? kRing : 0)",
+            "a.smem_vectors",
+        ),
+    ),
+    (
+        "a ring in the first places",
+        "data race",
+        (
+            "Worker::ring",
+            "a.smem_vectors - kRing + r % kRing",
+            "r % kRing",
+        ),
+    ),
+    (
+        "a ring of three of its places",
+        "data race",
+        (
+            "Worker::ring",
+            "r % kRing",
+            "r % (kRing - 1)",
+        ),
+    ),
+    (
+        "the last place of the ring not filled",
+        "unwritten",
+        (
+            "Worker::load",
+            "min(ring_vectors, kRing)",
+            "min(ring_vectors, kRing - 1)",
+        ),
+    ),
+    (
+        "vectors of the ring summed before they are there",
+        "data race",
+        (
+            "Worker::sum",
+            "cp_async_wait_group<kRing - 1>()",
+            "cp_async_wait_group<kRing>()",
+        ),
+    ),
+    (
+        "vectors of the ring stored before they are there",
+        "data race",
+        (
+            "Worker::store",
+            "cp_async_wait_group<kRing - 1>()",
+            "cp_async_wait_group<kRing>()",
+        ),
+    ),
+    (
+        "a vector of the ring overwritten before it is summed",
+        "data race",
+        (
+            "Worker::sum",
+            (
+                "add(ring(r), c); group.advance(c); if (r + kRing < ring_vectors) "
+                "group.load(kShared, ring(r), origin, ahead);"
+            ),
+            (
+                "if (r + kRing < ring_vectors) group.load(kShared, ring(r), origin, ahead); "
+                "add(ring(r), c); group.advance(c);"
+            ),
+        ),
+    ),
+    (
+        "vectors of the ring masked as the first",
+        "values",
+        (
+            "Worker::sum",
+            "group.advance(c);",
+            "",
+        ),
+    ),
+    (
+        "vectors for the ring one too early",
+        "values",
+        (
+            "Worker::sum",
+            "ring_cursor(kRing)",
+            "ring_cursor(kRing - 1)",
+        ),
+    ),
+    (
+        "the ring filled with one vector again and again",
+        "values",
+        (
+            "Worker::sum",
+            "group.advance(ahead);",
+            "",
+        ),
+    ),
+    (
+        "loads for which the ring has no place",
+        "out of bounds",
+        (
+            "Worker::sum",
+            "r + kRing < ring_vectors",
+            "r + kRing <= ring_vectors",
+        ),
+    ),
+    (
+        "fewer turns for some lanes of a warp",
+        "warp",
+        (
+            "Worker::sum",
+            "rereads ? a.vectors_per_thread - a.reg_vectors - a.smem_vectors + kRing : 0",
+            "ring_vectors",
+        ),
+    ),
+    (
+        "a column's place in the ring one line late",
+        "values",
+        (
+            "Worker::ring_cursor",
+            "start.line + v * group.step.line",
+            "start.line + (v - 1) * group.step.line",
+        ),
+    ),
+    (
+        "the ring's vectors as if none were in registers",
+        "values",
+        (
+            "Worker::ring_cursor",
+            "reg_vectors + smem_vectors + r",
+            "smem_vectors + r",
+        ),
+    ),
+    (
+        "the ring comes back with the next group's vectors",
+        "values",
+        (
+            "Worker::store",
+            "origin, ring_cursor(r - kRing)",
+            "next_origin, ring_cursor(r - kRing)",
+        ),
+    ),
+    (
+        "the ring filled again with the group that is there already",
+        "values",
+        (
+            "Worker::store",
+            "ring(r), next_origin, c",
+            "ring(r), origin, c",
+        ),
+    ),
+    (
+        "the ring filled behind the last group",
+        "barrier",
+        (
+            "Worker::store",
+            "else if (refills)",
+            "else",
+        ),
+    ),
+    (
+        "the ring comes back with the vector that has just been stored",
+        "values",
+        (
+            "Worker::store",
+            "ring_cursor(r - kRing)",
+            "ring_cursor(r)",
+        ),
+    ),
+    (
+        "later sums in the place of earlier ones",
+        "values",
+        (
+            "Worker::store_partials",
+            "if (accumulate) sums[e].add(to);",
+            "",
+        ),
+    ),
+    (
+        "sums beside those of the group before",
+        "unwritten",
+        (
+            "Worker::sum",
+            "r > kChain",
+            "true",
+        ),
+    ),
+    (
+        "sums left twice",
+        "values",
+        (
+            "Worker::sum",
+            "sums[e] = {};",
+            "sums[e].s1 += 0;",
+        ),
+    ),
+    # ---- workers: from group to group
+    (
+        "places refilled with the group that is there already",
+        "values",
+        (
+            "Worker::store",
+            "group.origin(b.group(next))",
+            "group.origin(b.group(i))",
+        ),
+    ),
+    (
+        "places refilled behind the last group",
+        "out of bounds",
+        (
+            "Worker::store",
+            "refills = next < b.groups",
+            "refills = true",
+        ),
+    ),
+    (
+        "places refilled before they are stored",
+        "data race",
+        (
+            "Worker::store",
+            (
+                "group.store(v, origin, at, result, rereads); if (refills) group.load(memory, v, "
+                "next_origin, at);"
+            ),
+            (
+                "if (refills) group.load(memory, v, next_origin, at); group.store(v, origin, at, "
+                "result, rereads);"
+            ),
+        ),
+    ),
+    (
+        "places refilled with the group after next",
+        "values",
+        (
+            "fused_batch_norm_forward_kernel",
+            "worker.store(i, i + stages)",
+            "worker.store(i, i + stages + 1)",
+        ),
+    ),
+    (
+        "first groups loaded that are not there",
+        "out of bounds",
+        (
+            "Worker::load",
+            "exists = i < b.groups",
+            "exists = true",
+        ),
+    ),
+    (
+        "the first groups loaded last first",
+        "unwritten",
+        (
+            "fused_batch_norm_forward_kernel",
+            "worker.load(newest)",
+            "worker.load(-i)",
+        ),
+    ),
+    (
+        "a group summed before the one in front of it",
+        "data race",
+        (
+            "fused_batch_norm_forward_kernel",
+            "worker.sum(newest)",
+            "worker.sum(max(i, 0))",
+        ),
+    ),
+    (
+        "L2 asked for what is behind x",
+        "out of bounds",
+        (
+            "Group::load",
+            "prefetch_global_L2(x + at)",
+            "prefetch_global_L2(x + a.whole_vectors + 1)",
+        ),
+    ),
+    (
+        "L2 asked for a group that is not there",
+        "out of bounds",
+        (
+            "Worker::prefetch",
+            "i >= b.groups ||",
+            "",
+        ),
     ),
     (
         "eval: vectors stored before they are there",
         "data race",
-        ("work", "if (!b.call.training) cp_async_wait_group<0>();", ""),
-    ),
-    (
-        "the second half of the rows in shared memory left out",
-        "values",
-        ("work::each_smem_row", "half == 0 ? middle : end", "middle"),
-    ),
-    (
-        "both halves one group of copies",
-        "data race",
-        ("work::each_smem_row", "after_half();", "if (half == 1) after_half();"),
-    ),
-    (
-        "second halves no group of copies",
-        "data race",
-        ("work::each_smem_row", "after_half();", "if (half == 0) after_half();"),
+        (
+            "fused_batch_norm_forward_kernel",
+            "if (!a.training) cp_async_wait_group<0>();",
+            "",
+        ),
     ),
     (
         "results read before they are there",
         "unwritten",
-        ("work::store", "mbarrier_wait(b.ready(turn), turn.parity);", ""),
         (
-            "work::store",
-            "result[e] = results[c]; });",
-            "result[e] = results[c]; }); mbarrier_wait(b.ready(turn), turn.parity);",
+            "Worker::store",
+            "mbarrier_wait(stage.ready, stage.parity);",
+            "",
         ),
     ),
     (
         "no start where there is nothing to do",
         "values",
-        ("work", "max(b.groups, 1)", "b.groups"),
+        (
+            "fused_batch_norm_forward_kernel",
+            "max(b.groups, 1)",
+            "b.groups",
+        ),
     ),
-    # ---- from the workers to the exchange warps
+    # ---- from the workers to the exchange warps, and back
     (
         "one lane arrives before its warp has read and written",
         "data race",
         (
-            "work::sum",
-            "mbarrier_arrive(b.summed(turn));",
-            "if (b.lane == 0) mbarrier_arrive(b.summed(turn));",
-        ),
-        (
-            "fused_batch_norm_forward_kernel",
-            "blockDim.x - 32 * p.exchange_warps",
-            "blockDim.x / 32 - p.exchange_warps",
+            "mbarrier_arrive_warp",
+            "__syncwarp();",
+            "",
         ),
     ),
     (
         "sums published behind the arrival",
         "data race",
-        ("work::sum", "mbarrier_arrive(b.summed(turn));", ""),
-        ("work::sum", "int row = 0,", "mbarrier_arrive(b.summed(turn)); int row = 0,"),
-    ),
-    (
-        "the next channel's elements taken for this one's",
-        "values",
-        ("leave", "of[1].add(sums[e])", "of[0].add(sums[e])"),
+        (
+            "Worker::sum",
+            "mbarrier_arrive_warp(stage.summed);",
+            "",
+        ),
+        (
+            "Worker::sum",
+            "Cursor ahead =",
+            "mbarrier_arrive_warp(stage.summed); Cursor ahead =",
+        ),
     ),
     (
         "packed: threads beyond publish",
         "data race",
-        ("leave", "if (thread < unsigned(b.p.threads)) {", "{"),
+        (
+            "Worker::store_partials",
+            "if (thread < unsigned(a.workers)) {",
+            "{",
+        ),
     ),
     (
         "pixels: threads beyond publish",
         "data race",
-        ("leave", "by_warp ? unsigned(b.lane) < width : thread < unsigned(b.p.threads)", "true"),
+        (
+            "Worker::store_partials",
+            "by_warp ? unsigned(b.lane) < width : thread < unsigned(a.workers)",
+            "true",
+        ),
+    ),
+    (
+        "sums of every other lane left out",
+        "values",
+        (
+            "Worker::store_partials",
+            "bit >= width",
+            "bit > width",
+        ),
+    ),
+    (
+        "an element's partial sums where the next one's are",
+        "data race",
+        (
+            "Worker::store_partials",
+            "e * a.partial_stride + at",
+            "e + at",
+        ),
     ),
     (
         "sums there when all warps' but one are",
         "data race",
         (
             "fused_batch_norm_forward_kernel",
-            "blockDim.x - 32 * p.exchange_warps",
-            "blockDim.x - 32 * (p.exchange_warps + 1)",
+            "blockDim.x / 32 - a.exchange_warps",
+            "blockDim.x / 32 - a.exchange_warps - 1 + (blockDim.x / 32 - a.exchange_warps < 2)",
         ),
     ),
     (
         "results ready when one unit's are",
-        "data race",
-        ("fused_batch_norm_forward_kernel", "32 * b.layout.units", "32"),
-    ),
-    (
-        "parities as of one set of exchange warps",
         "unwritten",
-        ("Block::turn", "phase & 1", "unsigned(i) & 1"),
+        (
+            "fused_batch_norm_forward_kernel",
+            "stage].ready, a.units",
+            "stage].ready, 1",
+        ),
     ),
-    ("sums and results share a barrier", "barrier", ("Block::ready", "summed(t) + 1", "summed(t)")),
     (
-        "all sets of exchange warps share their barriers",
+        "parities as of one stage",
+        "unwritten",
+        (
+            "Block::stage",
+            "phase & 1,",
+            "unsigned(i) & 1,",
+        ),
+    ),
+    (
+        "sums and results share a barrier",
+        "unwritten",
+        (
+            "Block::stage",
+            "&barriers.ready,",
+            "&barriers.summed,",
+        ),
+    ),
+    (
+        "all stages share their barriers",
+        "unwritten",
+        (
+            "Block::stage",
+            "head.barriers[stage]",
+            "head.barriers[0]",
+        ),
+    ),
+    (
+        "the first stage's barriers initialised alone",
         "barrier",
-        ("Block::summed", "2 * t.set", "0"),
+        (
+            "fused_batch_norm_forward_kernel",
+            "stage < stages",
+            "stage < 1",
+        ),
     ),
     (
-        "pivots of two generations in one place",
+        "all stages share their sums and results",
         "data race",
-        ("Block::pivot", "t.parity * p.sets.divisor + t.set", "t.set"),
-    ),
-    (
-        "results, sums and pivots of one set too few",
-        "barrier",
-        ("SharedLayout", "sets = p.lag + 1", "sets = p.lag > 0 ? p.lag : 1"),
+        (
+            "Block::stage",
+            "stage * a.stage_bytes",
+            "0",
+        ),
     ),
     (
         "partial sums read before they are there",
         "data race",
         (
-            "exchange",
-            "mbarrier_wait(b.summed(turn), turn.parity); Sums<A> sums = block_sums(turn);",
-            "Sums<A> sums = block_sums(turn); mbarrier_wait(b.summed(turn), turn.parity);",
+            "ExchangeWarp::exchange",
+            "mbarrier_wait(own.summed, own.parity); Sums<A> sums = block_sums(own.partial);",
+            "Sums<A> sums = block_sums(own.partial); mbarrier_wait(own.summed, own.parity);",
         ),
     ),
     (
         "results written behind the arrival",
         "data race",
-        ("exchange", "mbarrier_arrive(b.ready(turn));", ""),
         (
-            "exchange",
-            "if (leads()) b.result(turn)[local]",
-            "mbarrier_arrive(b.ready(turn)); if (leads()) b.result(turn)[local]",
+            "ExchangeWarp::exchange",
+            "mbarrier_arrive_warp(own.ready);",
+            "",
+        ),
+        (
+            "ExchangeWarp::exchange",
+            "if (leads) { own.mean",
+            "mbarrier_arrive_warp(own.ready); if (leads) { own.mean",
         ),
     ),
     (
         "all lanes of a channel write its result",
         "data race",
-        ("ExchangeWarp::leads", "&& part == 0", ""),
+        (
+            "ExchangeWarp",
+            "channel < a.channels && part == 0",
+            "channel < a.channels",
+        ),
     ),
     (
-        "warps for one group's exchange only",
+        "warps for one stage only",
         "unwritten",
-        ("Planner::with_team", "layout(p).units * (lag + 1)", "layout(p).units"),
+        (
+            "Planner::with_team",
+            "p.units * stages",
+            "p.units",
+        ),
     ),
     (
         "every unit takes the first channels",
         "data race",
         (
             "ExchangeWarp",
-            "index * unit_channels + (b.lane & (unit_channels - 1))",
+            "unit * unit_channels + (b.lane & (unit_channels - 1))",
             "b.lane & (unit_channels - 1)",
         ),
     ),
@@ -753,245 +1490,318 @@ MUTANTS = [
     (
         "the last warp's sums left out",
         "values",
-        ("block_sums", "b.lane < rows", "b.lane < rows - 1"),
+        (
+            "ExchangeWarp::block_sums",
+            "b.lane < a.partial_lines",
+            "b.lane < a.partial_lines - 1",
+        ),
     ),
     (
         "a channel's last column forgotten",
         "values",
-        ("block_sums", "c * kSize < end", "(c + 1) * kSize < end"),
+        (
+            "ExchangeWarp::block_sums",
+            "column * kSize < end",
+            "(column + 1) * kSize < end",
+        ),
     ),
     (
         "the channel before's sums taken for this one's",
         "values",
-        ("block_sums", "+ (c * kSize < first)", ""),
+        (
+            "ExchangeWarp::block_sums",
+            "+ (column * kSize < first)",
+            "",
+        ),
     ),
     (
-        "the last row of threads' sums forgotten",
+        "the last line of threads' sums forgotten",
         "values",
-        ("block_sums", "r < rows", "r < rows - 1"),
+        (
+            "ExchangeWarp::block_sums",
+            "line < a.partial_lines",
+            "line < a.partial_lines - 1",
+        ),
     ),
     (
         "pixel behind pixel: sums as of an aligned x",
         "values",
-        ("block_sums", "in_row = first + local", "in_row = first - b.a.shift + local"),
+        (
+            "ExchangeWarp::block_sums",
+            "in_line = first + channel",
+            "in_line = first - a.misalignment + channel",
+        ),
     ),
     (
         "parts of pixels: sums as of an aligned x",
         "values",
-        ("block_sums", "first % kSize", "(first - b.a.shift) % kSize"),
-    ),
-    (
-        "a thread's column changes from row to row",
-        "unwritten",
-        ("Planner::grain", "32 : p.width.divisor", "32 : 32"),
-    ),
-    # ---- between the blocks of a cluster
-    (
-        "sums sent to the wrong rank's place",
-        "data race",
-        ("cluster_sums", "st_async(&slots[b.rank], rank,", "st_async(&slots[rank], rank,"),
-    ),
-    (
-        "sums sent to one block too many",
-        "cluster",
         (
-            "cluster_sums",
-            "exists && rank < team; rank += parts) st_async",
-            "exists && rank <= team; rank += parts) st_async",
+            "ExchangeWarp::block_sums",
+            "first % kSize",
+            "(first - a.misalignment) % kSize",
         ),
     ),
     (
-        "the peers' sums not waited for",
-        "unwritten",
-        ("cluster_sums", "mbarrier_wait(b.gathered(), 0);", ""),
-    ),
-    (
-        "one peer's sums not expected",
+        "pixel behind pixel: a line's last pixel not carried to its front",
         "unwritten",
         (
-            "fused_batch_norm_forward_kernel",
-            "p.team.divisor * sizeof",
-            "(p.team.divisor - 1) * sizeof",
+            "ExchangeWarp::block_sums",
+            "in_line < elements ? 0 : elements",
+            "0",
         ),
     ),
     (
-        "the barrier for the peers' sums not fenced",
-        "barrier",
-        ("fused_batch_norm_forward_kernel", "fence_mbarrier_init();", ""),
-    ),
-    (
-        "the barrier for the peers' sums initialised when they may come",
-        "warp",
+        "the first pixel of a line alone",
+        "values",
         (
-            "fused_batch_norm_forward_kernel",
-            "if (p.team_kind == kClusterTeam) barrier_cluster_arrive();",
-            "",
-        ),
-        (
-            "fused_batch_norm_forward_kernel::begin",
-            "if (threadIdx.x == 0) {",
-            "if (p.team_kind == kClusterTeam) barrier_cluster_arrive(); if (threadIdx.x == 0) {",
+            "ExchangeWarp::block_sums",
+            "pixel < a.pixels",
+            "pixel < 1",
         ),
     ),
     (
-        "threads arrive at the cluster's barrier apart from their warp",
-        "warp",
+        "a lane's sums taken for the channel's",
+        "values",
         (
-            "fused_batch_norm_forward_kernel",
-            "sizeof(SumSlot<A>)); } __syncwarp();",
-            "sizeof(SumSlot<A>)); }",
+            "ExchangeWarp::block_sums",
+            "warp_sum(sums, unit_channels)",
+            "sums",
         ),
     ),
     (
-        "threads wait at the cluster's barrier apart from their warp",
-        "warp",
-        ("fused_batch_norm_forward_kernel::meet", "__syncwarp();", ""),
-    ),
-    (
-        "no barrier of the cluster",
-        "cluster",
+        "a thread's column changes from vector to vector",
+        "values",
         (
-            "fused_batch_norm_forward_kernel",
-            "if (p.team_kind == kClusterTeam) barrier_cluster_arrive();",
-            "",
-        ),
-        (
-            "fused_batch_norm_forward_kernel::meet",
-            "if (p.team_kind == kClusterTeam) barrier_cluster_wait();",
-            "",
+            "Planner::unit",
+            "32 : p.width.divisor",
+            "32 : 32",
         ),
     ),
-    (
-        "exchange before the block has met the others",
-        "cluster",
-        (
-            "work",
-            "meet(); if (!works) return exchange(prepared);",
-            "if (!works) exchange(prepared); meet(); if (!works) return;",
-        ),
-    ),
-    # ---- between the blocks of the grid
+    # ---- between the blocks of a team
     (
         "slots added twice",
         "data race",
-        ("gather", "Sums<A> sums;", "Sums<A> sums = {slots[0].s1, 0};"),
+        (
+            "gather",
+            "Sums<A> sums;",
+            "Sums<A> sums = {slots[0].s1, 0};",
+        ),
     ),
-    ("the last block's sums left out", "values", ("gather", "at < count ?", "at < count - 1 ?")),
+    (
+        "the last block's sums left out",
+        "values",
+        (
+            "gather",
+            "at < count ?",
+            "at < count - 1 ?",
+        ),
+    ),
     (
         "sums of blocks beyond the team",
         "out of bounds",
         (
             "gather",
-            "at < count ? ld_relaxed(&slots[at * stride]) : SumSlot<A>{0, A(-0.0)}",
+            "at < count ? ld_relaxed(&slots[at * stride]) : nothing",
             "ld_relaxed(&slots[at * stride])",
         ),
     ),
     (
         "a peer's sums believed before they are there",
         "values",
-        ("gather", "while (!complete)", "while (false)"),
+        (
+            "gather",
+            "while (!complete)",
+            "while (false)",
+        ),
     ),
     (
         "sums that are NaN taken for an empty slot",
         "deadlock",
-        ("gather", "slot[k].minus_s2 != 0 ||", ""),
+        (
+            "gather",
+            "slot[k].minus_s2 != 0 ||",
+            "",
+        ),
     ),
     (
         "slots added again with the next ones",
         "values",
-        ("gather", "first += kSlots * parts", "first += parts"),
+        (
+            "gather",
+            "first += kSlots * parts",
+            "first += parts",
+        ),
+    ),
+    (
+        "sums without a mark where s2 is 0",
+        "deadlock",
+        (
+            "ExchangeWarp::team_sums",
+            "-own.s2",
+            "0 - own.s2",
+        ),
     ),
     (
         "sums left at another block's place",
         "deadlock",
-        ("grid_sums", "&slots[b.rank * channels + local]", "&slots[b.rank + local]"),
+        (
+            "ExchangeWarp::team_sums",
+            "b.rank * channels + channel",
+            "b.rank + channel",
+        ),
     ),
     (
         "a block leaves sums of channels outside the group",
         "values",
-        ("grid_sums", "if (exists && part == 0)", "if (part == 0)"),
+        (
+            "ExchangeWarp::team_sums",
+            "if (exists && part == 0)",
+            "if (part == 0)",
+        ),
     ),
     (
-        "the team's sums of all channels in one place",
-        "deadlock",
-        ("grid_sums", "st_relaxed(&total[c]", "st_relaxed(&total[0]"),
-    ),
-    (
-        "only the first unit's channels added up",
-        "deadlock",
-        ("grid_sums", "c >> bits != index", "c >> bits != 0"),
-    ),
-    (
-        "only as many channels added up as there are blocks",
-        "deadlock",
-        ("grid_sums", "c += team)", "c += channels)"),
-    ),
-    (
-        "the first block's sums taken for the team's",
+        "few slots: all lanes of a channel add up all",
         "values",
-        ("grid_sums", "gather(total + local", "gather(slots + local"),
+        (
+            "ExchangeWarp::team_sums",
+            "channels, part, parts), unit_channels",
+            "channels, 0, 1), unit_channels",
+        ),
+    ),
+    (
+        "few slots: each lane keeps what it has added up",
+        "values",
+        (
+            "ExchangeWarp::team_sums",
+            "exists ? team : 0, channels, part, parts), unit_channels)",
+            "exists ? team : 0, channels, part, parts), 32)",
+        ),
+    ),
+    (
+        "few slots: one block's missing",
+        "values",
+        (
+            "ExchangeWarp::team_sums",
+            "exists ? team : 0",
+            "exists ? team - 1 : 0",
+        ),
+    ),
+    (
+        "few slots: no block counted",
+        "deadlock",
+        (
+            "ExchangeWarp::team_sums",
+            "atomicAdd(counter, 1);",
+            "",
+        ),
+    ),
+    (
+        "many slots: the team's sums of all channels in one place",
+        "deadlock",
+        (
+            "ExchangeWarp::team_sums",
+            "st_relaxed(&totals[c]",
+            "st_relaxed(&totals[0]",
+        ),
+    ),
+    (
+        "many slots: only the first unit's channels added up",
+        "deadlock",
+        (
+            "ExchangeWarp::team_sums",
+            "c >> bits != unit",
+            "c >> bits != 0",
+        ),
+    ),
+    (
+        "many slots: only as many channels added up as there are blocks",
+        "deadlock",
+        (
+            "ExchangeWarp::team_sums",
+            "c += team)",
+            "c += channels)",
+        ),
+    ),
+    (
+        "many slots: the first block's sums taken for the team's",
+        "values",
+        (
+            "ExchangeWarp::team_sums",
+            "gather(totals + channel",
+            "gather(slots + channel",
+        ),
+    ),
+    (
+        "many slots: every slot added up by two lanes",
+        "values",
+        (
+            "ExchangeWarp::team_sums",
+            "b.lane, 32)",
+            "b.lane % 16, 16)",
+        ),
     ),
     (
         "no place for the team's sums",
         "out of bounds",
-        ("SharedLayout", "(team + 1) * int64_t(p.channels)", "team * int64_t(p.channels)"),
-    ),
-    (
-        "later sums in the place of earlier ones",
-        "values",
-        ("leave", "if (more) sums[e].add(partial[at * kSize + e]);", ""),
-    ),
-    (
-        "a chain more for some lanes of a warp",
-        "warp",
         (
-            "work::sum",
-            "overflows && chain < p.rows - p.smem_rows + kRing",
-            "row < ring_rows",
+            "Planner::with_team",
+            "(team + 1) * p.channels",
+            "team * p.channels",
         ),
-    ),
-    ("sums beside those of the group before", "unwritten", ("work::sum", "chain > 0", "true")),
-    ("sums left twice", "values", ("work::sum", "sums[e] = {};", "")),
-    (
-        "sums of every other lane left out",
-        "values",
-        ("leave", "bit >= width", "bit > width"),
-    ),
-    ("sums without a mark where s2 is 0", "deadlock", ("grid_sums", "-own.s2", "0 - own.s2")),
-    (
-        "no block counted",
-        "deadlock",
-        ("grid_sums", "atomicAdd(counter, 1);", ""),
     ),
     (
         "one unit's count among the sums",
         "values",
-        ("grid_sums", "(group + b.layout.units * kLineBytes)", "(group + kLineBytes)"),
+        (
+            "ExchangeWarp::team_sums",
+            "group + a.units * kLineBytes",
+            "group + kLineBytes",
+        ),
     ),
     (
         "groups share their scratch",
         "values",
-        ("grid_sums", "b.group(i) * b.layout.group_bytes", "b.first_group * b.layout.group_bytes"),
+        (
+            "ExchangeWarp::team_sums",
+            "int64_t(b.group(i)) * a.group_bytes",
+            "int64_t(b.first_group) * a.group_bytes",
+        ),
     ),
     (
         "scratch for one channel of a group",
         "out of bounds",
-        ("SharedLayout", "int64_t(p.channels) * slot_bytes", "int64_t(1) * slot_bytes"),
+        (
+            "Planner::with_team",
+            "(team + 1) * p.channels *",
+            "(team + 1) *",
+        ),
     ),
     (
         "too little scratch",
         "out of bounds",
-        ("fused_batch_norm_launch", "size_t(plan.groups) *", "size_t(plan.groups - 1) *"),
+        (
+            "fused_batch_norm_launch",
+            "size_t(arguments.groups) *",
+            "size_t(arguments.groups - 1) *",
+        ),
     ),
     (
         "scratch not zeroed: state of an earlier launch",
         "unwritten",
-        ("fused_batch_norm_forward_kernel", "st_relaxed(&slots[i], SumSlot<A>{0, 0})", ""),
+        (
+            "fused_batch_norm_forward_kernel",
+            "st_relaxed(&slots[i], SumSlot<A>{0, 0})",
+            "",
+        ),
     ),
     (
         "scratch zeroed behind the arrival at the grid's barrier",
         "unwritten",
-        ("fused_batch_norm_forward_kernel", "arrival = grid.barrier_arrive();", ""),
+        (
+            "fused_batch_norm_forward_kernel",
+            "arrival = grid.barrier_arrive();",
+            "",
+        ),
         (
             "fused_batch_norm_forward_kernel",
             "auto* const slots =",
@@ -1000,135 +1810,322 @@ MUTANTS = [
     ),
     (
         "no barrier of the grid",
-        "data race",
-        ("fused_batch_norm_forward_kernel", "arrival = grid.barrier_arrive();", ""),
-        ("fused_batch_norm_forward_kernel::meet", "grid.barrier_wait(std::move(arrival))", ""),
+        "unwritten",
+        (
+            "fused_batch_norm_forward_kernel",
+            "arrival = grid.barrier_arrive();",
+            "",
+        ),
+        (
+            "fused_batch_norm_forward_kernel",
+            "if (a.cooperative) grid.barrier_wait(std::move(arrival));",
+            "",
+        ),
     ),
     # ---- the start, running buffers and the counter
     (
         "no barrier of the block at the start",
         "barrier",
-        ("fused_batch_norm_forward_kernel::begin", "__syncthreads();", ""),
+        (
+            "fused_batch_norm_forward_kernel",
+            "__syncthreads();",
+            "",
+        ),
     ),
     (
         "the cumulative average where blocks do not wait for each other",
         "data race",
-        ("Planner::counts_batches", "call.cumulative && call.num_batches_tracked", "false"),
+        (
+            "Planner::consider_group",
+            "call.cumulative && call.num_batches_tracked",
+            "false",
+        ),
     ),
     (
         "every block of a team updates the running buffers",
         "data race",
-        ("exchange", "b.rank == 0 &&", ""),
+        (
+            "ExchangeWarp::exchange",
+            "b.rank == 0 && leads",
+            "leads",
+        ),
     ),
-    ("parameters of channels behind C", "out of bounds", ("load_channel", "|| c >= call.C", "")),
+    (
+        "parameters of channels behind C",
+        "out of bounds",
+        (
+            "ExchangeWarp::load_channel",
+            "|| c >= a.C",
+            "",
+        ),
+    ),
+    (
+        "statistics of channels behind C",
+        "data race",
+        (
+            "ExchangeWarp::save",
+            "if (c >= a.C) return;",
+            "",
+        ),
+    ),
     (
         "parameters of the group that is done",
         "values",
-        ("exchange", "load_channel(i + sets)", "load_channel(i)"),
+        (
+            "ExchangeWarp::exchange",
+            "load_channel(i + stages)",
+            "load_channel(i)",
+        ),
     ),
     (
         "every block counts the batch",
         "values",
-        ("fused_batch_norm_forward_kernel::meet", "blockIdx.x == 0 &&", ""),
+        (
+            "fused_batch_norm_forward_kernel",
+            "batches && blockIdx.x == 0 &&",
+            "batches &&",
+        ),
     ),
     (
         "the batch counted before all blocks have read the counter",
         "data race",
         (
-            "fused_batch_norm_forward_kernel::meet",
-            "if (call.training && batches && blockIdx.x == 0 && threadIdx.x == 0) "
-            "atomicAdd(batches, 1);",
+            "fused_batch_norm_forward_kernel",
+            (
+                "if (a.training && batches && blockIdx.x == 0 && threadIdx.x == 0) "
+                "atomicAdd(batches, 1);"
+            ),
             "",
         ),
         (
             "fused_batch_norm_forward_kernel",
-            "const auto prepare =",
-            "if (call.training && call.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) "
-            "++*call.num_batches_tracked; const auto prepare =",
+            "const ExchangeWarp<T, kLayout> exchange_warp{b};",
+            (
+                "if (a.training && a.num_batches_tracked && blockIdx.x == 0 && threadIdx.x == 0) "
+                "++*a.num_batches_tracked; const ExchangeWarp<T, kLayout> exchange_warp{b};"
+            ),
         ),
     ),
     # ---- the layout of shared memory
     (
-        "places of one group only",
+        "places of one stage only",
         "out of bounds",
         (
-            "SharedLayout",
-            "int(p.stages.divisor) * p.smem_rows * p.threads",
-            "p.smem_rows * p.threads",
+            "Planner::with_places",
+            "stages * smem_vectors * workers",
+            "smem_vectors * workers",
         ),
     ),
     (
-        "results where the peers' sums come",
+        "places where the barriers are",
+        "barrier",
+        (
+            "Block",
+            "shared + sizeof(Head)",
+            "shared",
+        ),
+    ),
+    (
+        "no room for the barriers",
         "data race",
-        ("SharedLayout", "p.team_kind == kClusterTeam ?", "false ?"),
+        (
+            "Planner::with_places",
+            "int(sizeof(Head)) +",
+            "",
+        ),
     ),
     (
-        "barriers where results are",
-        "barrier",
-        ("SharedLayout", "3 * sets * p.channels", "2 * sets * p.channels"),
+        "no room for the second pivots",
+        "data race",
+        (
+            "Planner::with_places",
+            "(3 + 2) * p.channel_stride",
+            "(3 + 1) * p.channel_stride",
+        ),
     ),
     (
-        "the new value's weight where the last set's barrier is",
-        "barrier",
-        ("SharedLayout", "(2 * sets + 1) * int", "(2 * sets) * int"),
+        "room for half of the partial sums",
+        "data race",
+        (
+            "Planner::with_places",
+            "2 * p.partials",
+            "p.partials",
+        ),
     ),
     (
-        "partial sums where the cluster's barrier is",
-        "barrier",
-        ("SharedLayout", "factor_at + int(sizeof(double))", "factor_at - int(sizeof(double))"),
-    ),
-    (
-        "pivots where partial sums are",
+        "sums and results of one stage",
         "out of bounds",
-        ("SharedLayout", "partial_at + 2 * sets", "partial_at + sets"),
+        (
+            "Planner::with_places",
+            "p.stage_at + stages * p.stage_bytes",
+            "p.stage_at + p.stage_bytes",
+        ),
     ),
     # ---- the plan and the launch
     (
         "no cooperative launch",
         "barrier",
-        ("fused_batch_norm_launch", "plan.team_kind == kGridTeam", "0"),
-    ),
-    (
-        "no cluster asked for",
-        "cluster",
-        ("fused_batch_norm_launch", "plan.team_kind == kClusterTeam ? 2 : 1", "1"),
-    ),
-    (
-        "clusters where there are none",
-        "refused",
-        ("Planner::small", "device.architecture >= 90 ? kMaxCluster : 1", "kMaxCluster"),
+        (
+            "launch",
+            "cooperative = arguments.cooperative",
+            "cooperative = 0",
+        ),
     ),
     (
         "only whole warps of threads",
         "unwritten",
-        ("block_threads", "ceil_div(p.threads, 32)", "std::max(p.threads / 32, 1)"),
-    ),
-    (
-        "more teams than fit at once",
-        "refused",
         (
-            "Planner::with_team",
-            "blocks * device.multiprocessors / team",
-            "(blocks + 1) * device.multiprocessors / team",
+            "block_threads",
+            "ceil_div(p.workers, 32)",
+            "std::max(p.workers / 32, 1)",
         ),
     ),
     (
         "blocks larger than their share of a multiprocessor",
-        "refused",
-        ("Planner::room", "multiprocessor_bytes / blocks", "multiprocessor_bytes"),
+        "host",
+        (
+            "Planner::with_workers",
+            "multiprocessor_bytes / blocks / 256 * 256",
+            "multiprocessor_bytes",
+        ),
     ),
     (
-        "rows in shared memory that is taken",
-        "refused",
-        ("Planner::with_threads", "room(blocks) - layout(p).bytes", "room(blocks)"),
+        "sums and results in shared memory that is taken",
+        "host",
+        (
+            "Planner::with_workers",
+            "with_places(p, workers, 0).shared_bytes",
+            "int(sizeof(Head))",
+        ),
     ),
     (
-        "teams larger than all multiprocessors have room for",
+        "no other plan where a device has fewer multiprocessors than it says",
         "refused",
         (
-            "Planner::large",
-            "std::min<int>(device.multiprocessors,",
-            "std::min<int>(2 * device.multiprocessors,",
+            "fused_batch_norm_launch",
+            "again = error == cudaErrorCooperativeLaunchTooLarge && device.multiprocessors > 1",
+            "again = false",
+        ),
+    ),
+    (
+        "the error of a refused launch left to others",
+        "host",
+        (
+            "fused_batch_norm_launch",
+            "if (error) cudaGetLastError();",
+            "",
+        ),
+    ),
+    (
+        "shared memory asked for as this launch needs it",
+        "host",
+        (
+            "launch",
+            "device.shared_bytes))",
+            "arguments.shared_bytes))",
+        ),
+    ),
+    (
+        "shared memory not asked for",
+        "refused",
+        (
+            "launch",
+            "arguments.shared_bytes > kUnasked",
+            "false",
+        ),
+    ),
+]
+
+# Such plans are remembered: with the planner's own text, by cases.RELATED.
+PLANNED_MUTANTS = [
+    (
+        "a plan remembered for another misalignment",
+        "out of bounds",
+        (
+            "make_plan",
+            "misalignment_of(call, size),",
+            "0,",
+        ),
+    ),
+    (
+        "a plan remembered for another training",
+        "out of bounds",
+        (
+            "make_plan",
+            "call.training,",
+            "0,",
+        ),
+    ),
+    (
+        "a plan remembered for another dtype",
+        "values",
+        (
+            "make_plan",
+            "call.dtype,",
+            "0,",
+        ),
+    ),
+    (
+        "a plan remembered for another layout of memory",
+        "values",
+        (
+            "make_plan",
+            "call.channels_last,",
+            "0,",
+        ),
+    ),
+    (
+        "a plan remembered for another cumulative average",
+        "data race",
+        (
+            "make_plan",
+            "call.cumulative && call.num_batches_tracked,",
+            "0,",
+        ),
+    ),
+    (
+        "a plan remembered for another multiprocessors",
+        "host",
+        (
+            "make_plan",
+            "device.multiprocessors,",
+            "0,",
+        ),
+    ),
+    (
+        "a plan remembered for another shared memory",
+        "refused",
+        (
+            "make_plan",
+            "device.shared_bytes,",
+            "0,",
+        ),
+    ),
+    (
+        "a plan remembered for another N",
+        "values",
+        (
+            "make_plan",
+            "{call.N,",
+            "{0,",
+        ),
+    ),
+    (
+        "a plan remembered for another C",
+        "values",
+        (
+            "make_plan",
+            "call.C,",
+            "0,",
+        ),
+    ),
+    (
+        "a plan remembered for another HW",
+        "values",
+        (
+            "make_plan",
+            "call.HW,",
+            "0,",
         ),
     ),
 ]
@@ -1208,8 +2205,18 @@ def kind_of(error):
     return REFUSED if "CUDA error" in str(error) else None
 
 
-def failures(text, seeds, build_dir):
-    """(seed, kind) of each of these random cases that fails.
+def check_trial(target, trial):
+    """A random case, by its seed, by any plan; or two related ones, by their name."""
+    if isinstance(trial, int):
+        return cases.check_random(target, trial, any_plan=True)
+    for case, device in cases.RELATED[trial]:
+        cases.pretend(target, device, schedule=0)
+        cases.check_alone(target, case, seed=0)
+    return None
+
+
+def failures(text, trials, build_dir):
+    """(trial, kind) of each of these that fails.
 
     Only the cases are under a limit of time, and of this process's own: a build, or a machine that
     others use, can be slow.
@@ -1219,40 +2226,41 @@ def failures(text, seeds, build_dir):
     signal.alarm(BUILD_LIMIT_S)
     target = check.Target(emulate.load(faster, build_dir=build_dir), "cpu", emulate)
     signal.alarm(0)
-    for seed in seeds:
+    for trial in trials:
         signal.setitimer(signal.ITIMER_VIRTUAL, CASE_LIMIT_S)
-        case, device = cases.random_case(seed)
-        cases.pretend(target, device, schedule=seed)
         try:
-            cases.check_alone(target, case, seed)
+            check_trial(target, trial)
         except Exception as error:
             kind = kind_of(error)
             if kind is None:
                 raise
-            yield seed, kind
+            yield trial, kind
     signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
-def verdict(text, kind, seeds, build_dir):
+def verdict(text, kind, trials, build_dir):
     """What catches the wrong kernel; else what else has, each once, and "" if nothing has.
 
     First the kernels for float alone: they compile in a third of the time, and catch most.
     """
     torch.set_num_threads(1)
-    in_float = [s for s in FIRST_SEEDS if cases.random_case(s)[0].dtype == torch.float]
+    if trials == RELATED:
+        builds = [(text, RELATED)]
+    else:
+        text = any_plan_text(text)
+        in_float = [s for s in FIRST_SEEDS if cases.random_case(s)[0].dtype == torch.float]
+        rest = [s for s in trials if s not in in_float]
+        builds = [(apply(text, FLOAT_ALONE), in_float), (text, rest)]
     others = {}
-    for of_text, its_seeds in (
-        (apply(text, FLOAT_ALONE), in_float),
-        (text, [s for s in seeds if s not in in_float]),
-    ):
-        for seed, found in failures(of_text, its_seeds, build_dir):
+    for of_text, its_trials in builds:
+        for trial, found in failures(of_text, its_trials, build_dir):
             if found == kind:
-                return f"{kind}, case {seed}", True
-            others.setdefault(found, seed)
-    return ", ".join(f"{found} (case {seed})" for found, seed in others.items()), False
+                return f"{kind}, case {trial}", True
+            others.setdefault(found, trial)
+    return ", ".join(f"{found} (case {trial})" for found, trial in others.items()), False
 
 
-def examine(text, kind, seeds, build_dir):
+def examine(text, kind, trials, build_dir):
     """(what was found, whether that is `kind`), from a process of its own: it may crash or hang."""
     import torch._dynamo  # noqa: F401  # by torch's dispatch modes; here, so that each child has it
 
@@ -1260,7 +2268,7 @@ def examine(text, kind, seeds, build_dir):
     child = os.fork()
     if child == 0:
         try:
-            said, caught = verdict(text, kind, seeds, build_dir)
+            said, caught = verdict(text, kind, trials, build_dir)
         except Exception as error:  # it must compile: else it proves nothing
             said, caught = str(error), False
         os.write(write, f"{int(caught)}{said}".encode()[:4000])
@@ -1290,7 +2298,8 @@ def applied(text, edits):
 def main(words):
     """In as many processes as there are processors; returns how many survive."""
     text = check.TEXT_PATH.read_text()
-    chosen = [m for m in MUTANTS if not words or any(word in m[0] for word in words)]
+    chosen = [(ALL_SEEDS, m) for m in MUTANTS] + [(RELATED, m) for m in PLANNED_MUTANTS]
+    chosen = [m for m in chosen if not words or any(word in m[1][0] for word in words)]
     emulate.load(text)
     caught_by, failed = collections.Counter(), 0
     spawn = multiprocessing.get_context("spawn")
@@ -1303,9 +2312,9 @@ def main(words):
         # (The tests run all seeds on the kernel itself.)
         unchanged = pool.submit(examine, text, None, FIRST_SEEDS, build_dir)
         results = []
-        for name, kind, *edits in chosen:
+        for trials, (name, kind, *edits) in chosen:
             wrong, trouble = applied(text, edits)
-            future = None if trouble else pool.submit(examine, wrong, kind, ALL_SEEDS, build_dir)
+            future = None if trouble else pool.submit(examine, wrong, kind, trials, build_dir)
             results.append((name, kind, trouble, future))
         if said := unchanged.result()[0]:
             pool.shutdown(cancel_futures=True)

@@ -17,7 +17,14 @@ BRANCHES = (
     *(f"NHWC masked, {what}" for what in ("one pixel", "pixel behind pixel", "parts of pixels")),
     *(
         f"layout {layout}"
-        for layout in ("contiguous", "channels_last", "channels_last_slice", "unaligned", "strided")
+        for layout in (
+            "contiguous",
+            "channels_last",
+            "channels_last_slice",
+            "channels_last_unaligned",
+            "unaligned",
+            "strided",
+        )
     ),
     *("affine", "not affine", "cumulative average", "moving average"),
 )
@@ -40,7 +47,7 @@ def branches(target: check.Target, case: Case) -> set[str]:
     settings = dict(case.settings)
     tracked = settings.get("track_running_stats", True)
     training = case.training or not tracked
-    aligned = not case.layout.startswith("unaligned") and case.layout != "channels_last_slice"
+    aligned = "unaligned" not in case.layout and case.layout != "channels_last_slice"
     taken = {
         f"layout {'unaligned' if case.layout.startswith('unaligned') else case.layout}",
         "affine" if settings.get("affine", True) else "not affine",

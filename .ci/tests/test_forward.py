@@ -9,6 +9,7 @@ import cases
 import plan
 import pytest
 import torch
+from texts import plan_seed
 
 import check
 
@@ -71,29 +72,48 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("seed", sorted(seeds))
 
 
-def test_random_case(target, seed):
-    case, device_of_case = cases.random_case(seed, GPU)
-    cases.pretend(target, device_of_case, schedule=seed)
+def check_random(target, seed, any_plan):
     if target.cuda:
-        check.check_case(target, case)
+        check.check_case(target, cases.random_case(seed, GPU)[0])
     else:
-        cases.check_alone(target, case, seed)
+        cases.check_random(target, seed, any_plan=any_plan)
+
+
+def test_random_case(target, seed):
+    check_random(target, seed, any_plan=False)
+
+
+def test_random_case_by_any_plan(target, any_plan_model_new, seed):
+    """Of tiny devices the planner takes few structures; so each is executed."""
+    target.names = any_plan_model_new
+    plan_seed(target.names).value = seed
+    check_random(target, seed, any_plan=True)
+
+
+@pytest.mark.parametrize("first, then", cases.RELATED.values(), ids=cases.RELATED)
+def test_a_plan_is_remembered_for_its_like_only(target, first, then):
+    for case, device_of_case in (first, then):
+        cases.pretend(target, GPU or device_of_case, schedule=0)
+        cases.check_alone(target, case, seed=0)
 
 
 @pytest.mark.emulated
-def test_every_branch_of_the_plan_is_taken(target, pytestconfig):
+def test_every_branch_of_the_plan_is_taken(target, any_plan_model_new, pytestconfig):
     """By the cases above. As their plans say: each is executed there."""
-    if pytestconfig.getoption("seeds") < 100:
+    if (seeds := pytestconfig.getoption("seeds")) < 500:
         pytest.skip("too few random cases")
     tried = [
-        (small, device)
+        (small, device, None)
         for case in cases.CASES
         if (small := cases.small_case(case))
         for device in cases.DEVICES
     ]
-    tried += [cases.random_case(seed) for seed in range(1, pytestconfig.getoption("seeds") + 1)]
-    taken = Counter()
-    for case, device in tried:
+    tried += [(*cases.random_case(seed), of) for seed in range(1, seeds + 1) for of in (None, seed)]
+    taken, as_planned = Counter(), target.names
+    for case, device, seed_of_plan in tried:
+        target.names = any_plan_model_new if seed_of_plan else as_planned
+        if seed_of_plan:
+            plan_seed(target.names).value = seed_of_plan
         cases.pretend(target, device, schedule=0)
         taken.update(plan.branches(target, case))
     missing = [branch for branch in plan.BRANCHES if not taken[branch]]

@@ -57,7 +57,7 @@ def test_nothing_found_by(tool):
     [
         ("memcheck", "reads past the end of x"),
         ("racecheck", "results read before they are there"),
-        ("initcheck", "the second half of the rows in shared memory left out"),
+        ("initcheck", "the second half of the vectors in shared memory left out"),
     ],
 )
 def test_a_wrong_kernel_is_found_by(tool, wrong, tmp_path):

@@ -1,4 +1,7 @@
-"""What GPUs before sm_90 execute, on any GPU. Pretended devices execute it in test_case."""
+"""What GPUs before sm_90 execute, on any GPU: other instructions, and more registers a thread.
+
+Pretended devices show neither.
+"""
 
 import cases
 import pytest
@@ -14,6 +17,8 @@ NAMES = (
     "large channels",
     "middle channels, more than multiprocessors",
     "very large channels, odd plane",
+    "channels-last, float16",
+    "channels-last, C = 33",
     "unaligned by one element",
     "cumulative average, odd plane",
     "eval, large",

@@ -168,9 +168,12 @@ static Fibre* next_fibre() {
       ready.pop_back();
       return fibre;
     }
-    if (!m.stores.empty() && m.random.below(2)) {
+    // In vain: each thread has looked so often since anything has changed.
+    const bool in_vain = m.naps_since_event > 1000 + 64 * m.slots.size() * m.launch.threads;
+    const bool may_wake = !napping.empty() && !in_vain;
+    if (!m.stores.empty() && (!may_wake || m.random.below(2))) {
       show(m.random.below(m.stores.size()));
-    } else if (!napping.empty() && m.naps_since_event < 1000 + 64 * napping.size()) {
+    } else if (may_wake) {
       while (!napping.empty()) wake(napping.size() - 1);
     } else {
       report_deadlock();
@@ -218,7 +221,7 @@ static void sleep(const void* place) {
 void nanosleep() { sleep(__builtin_return_address(0)); }
 
 void poll(const void* place) {
-  if (++machine.naps_since_event % 64)
+  if (++machine.naps_since_event % 8)
     preempt();
   else
     sleep(place);
@@ -560,7 +563,14 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
                                        : limit->second))
     return 1;
   unsigned resident = resident_blocks(launch);
-  if (launch.cooperative && launch.blocks > resident) return 720;
+  if (launch.cooperative && launch.blocks > resident) {
+    if (device.usable == device.multiprocessors)
+      record("host",
+             "a cooperative launch of " + std::to_string(launch.blocks) + " blocks, room for " +
+                 std::to_string(resident) + " on the device as it says it is",
+             nullptr);
+    return 720;
+  }
   if (!error.empty()) return 719;
   ++launches;
   if (launch.blocks >= kMaxBlocks)
