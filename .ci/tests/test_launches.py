@@ -220,7 +220,7 @@ COOPERATIVE = {
         "", (16, 64, 28, 28), settings=(("momentum", None),), small=(4, 4, 12, 12)
     ),
     "few large channels": Case("", (16, 4, 256, 256), small=(4, 1, 64, 64)),
-    "channels-last": Case("", (16, 64, 56, 56), layout="channels_last", small=(8, 16, 16, 16)),
+    "channels-last": Case("", (16, 64, 28, 28), layout="channels_last", small=(8, 16, 16, 16)),
 }
 
 
