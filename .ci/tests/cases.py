@@ -376,15 +376,9 @@ def memory_for(case: Case) -> int:
 # --------------------------------------------------------------------------------- random cases
 
 
-<<<<<<< HEAD
-# Seeds of random cases by plans that are rare: vectors read again in the kernel with many
-# registers or for longer than a chain, many slots, several stages of whole planes, pixels that are
-# not aligned, eval with groups that do not divide C, nothing to do. Tests and mutants take these.
-=======
 # Seeds of random cases by plans that are rare: vectors read again in the kernel with many registers
 # or for longer than a chain, many slots, several stages of whole planes, pixels not aligned, eval
 # with groups that do not divide C, nothing to do. The tests and the mutants take these, too.
->>>>>>> mutants
 RARE_SEEDS = (66, 87, 123, 132, 143, 158, 179, 185, 233, 269, 298, 303, 378, 499, 545, 699, 925)
 RARE_SEEDS += (1437, 2769, 4119, 5480)
 
