@@ -3,7 +3,8 @@
     y = gamma · (x − mean) / √(var + eps) + beta     mean, biased var: per channel, over N, H and W
 
 x (NCHW or channels-last) is read from memory once and y is written once, as a copy would do: a
-team of blocks keeps a group of channels on the chip from the sums to the store.
+team of blocks keeps a group of channels on the chip from the sums to the store. (Of a group that
+the chip does not hold, a part is read twice.)
 
     worker warps                                        exchange warps
       load the first groups
@@ -14,14 +15,17 @@ team of blocks keeps a group of channels on the chip from the sums to the store.
         store group i, and refill each of its               running buffers
         places with group i + stages                        pivots of a group to come
 
-Each thread owns vectors of its block's share, in places of its own: the first ones in
-registers, the next in shared memory. Where there are more, the last ones go through a ring of
-places, and are read again for the store. Places are private, so no barrier guards them. Where one
-group alone is under way, L2 is asked for part of the next before the exchange.
-A group is one channel; or several whose planes are whole vectors together; or, channels-last,
-neighbouring channels, each element of a vector another one. A team is one block, or the blocks of a
-cooperative launch that wait for each other's sums. The planner in the CUDA text predicts what
-groups, teams and groups under way would take on this device, and takes the least.
+group     neighbouring channels that a block works on: one; several small planes that are whole
+          vectors together; or, channels-last, those of a part of each pixel
+team      blocks that share a group: one, or co-resident blocks of a cooperative launch
+share     a block's part of a group; each thread owns vectors of it: the first ones in registers,
+          the next in shared memory; the last ones, if there are more, are read again for the store
+stage     groups in flight in a block: one is stored while the sums of the others travel
+exchange  from the block's sums to the team's mean and variance, by warps of their own
+
+A thread's vectors are its own, so no barrier guards them. To change what is computed for an
+element, see Group::sum and Group::store; what an x is cut into, Planner::choose and cost; the order
+of loads, sums and stores, fused_batch_norm_forward_kernel; what PyTorch sees, the C++ text.
 """
 
 import contextlib
@@ -485,13 +489,6 @@ __device__ Sums<A> warp_sum(const Sums<A>& own, int lowest = 1) {
   return {warp_sum(own.s1, lowest), warp_sum(own.s2, lowest)};
 }
 
-// One arrival for a warp whose lanes all call: one each would reach the barrier one by one,
-// which takes 100 cycles a warp. __syncwarp orders what the other lanes have done before it.
-__device__ void mbarrier_arrive_warp(Mbarrier* b) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) mbarrier_arrive(b);
-}
-
 // -------------------------------------------------------------------------------------------------
 // The block: what its warps share
 // -------------------------------------------------------------------------------------------------
@@ -917,7 +914,7 @@ struct Worker {
       }
       cp_async_commit_group();
     }
-    mbarrier_arrive_warp(stage.summed);
+    mbarrier_arrive(stage.summed);  // by all lanes: each vouches for what it has read and written
   }
 
   // Hands this thread's sums to the exchange warps; `accumulate`: adds them to those it has handed
@@ -1223,7 +1220,7 @@ struct ExchangeWarp {
         own.scale[channel] = A(scale);
         own.shift[channel] = A(of.beta - (mean - A(mean)) * scale);
       }
-      mbarrier_arrive_warp(own.ready);
+      mbarrier_arrive(own.ready);
       if (a.training && b.rank == 0 && leads) save(channel_in_x(i), of, mean, m2, inv_std);
       prepare_pivots(i + 2 * stages);
       of = load_channel(i + stages);
@@ -1304,8 +1301,8 @@ __global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kDeep, kExt
       if (threadIdx.x == 0) {
 #pragma unroll 1
         for (int stage = 0; stage < stages; ++stage) {
-          mbarrier_init(&b.head.barriers[stage].summed, blockDim.x / 32 - a.exchange_warps);
-          mbarrier_init(&b.head.barriers[stage].ready, a.units);
+          mbarrier_init(&b.head.barriers[stage].summed, blockDim.x - 32 * a.exchange_warps);
+          mbarrier_init(&b.head.barriers[stage].ready, 32 * a.units);
         }
       }
       __syncthreads();  // shows the barriers, the factor and the first pivots
