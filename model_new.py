@@ -1054,13 +1054,14 @@ __device__ Sums<A> gather(const SumSlot<A>* slots, int count, int stride, int pa
 }
 
 // The pivot of a channel is a mean of some of its elements, so that (pivot − mean)² is a fraction
-// of var and nothing cancels. Each lane gives the median of three, so that neither an outlier nor a
-// run of them moves the pivot away from all others. The lanes' elements lie side by side, in three
-// runs: apart, each would be a request of its own, for which small channels have no time. The pivot
-// is rounded to T: then d = x − pivot has few digits, and most sums are exact.
+// of var and nothing cancels. Each lane gives the medians of any three of four, so that neither an
+// outlier nor a run of them moves the pivot away from all others. The lanes' elements lie side by
+// side, in four runs: apart, each would be a request of its own, for which small channels have no
+// time. The pivot is rounded to T: then d = x − pivot has few digits, and most sums are exact.
+constexpr int kRuns = 4;
 template <typename T>
 struct Sample {
-  T of[3];
+  T of[kRuns];
 };
 
 // An exchange warp has a unit of a group: one channel, or up to 32. Lanes that have the same
@@ -1090,8 +1091,8 @@ struct ExchangeWarp {
     const bool apart = a.HW < parts;  // planes are shorter than a run
     Sample<T> s;
 #pragma unroll
-    for (int run = 0; run < 3; ++run) {
-      const unsigned seed = apart ? 3 * part + run : run;
+    for (int run = 0; run < kRuns; ++run) {
+      const unsigned seed = apart ? kRuns * part + run : run;
       const uint64_t n = __umulhi(seed * 0x9e3779b9u, unsigned(a.N));
       const uint64_t start = __umulhi(seed * 0x85ebca6bu, unsigned(a.HW) - (apart ? 0 : parts - 1));
       const uint64_t at = start + (apart ? 0 : part);
@@ -1103,10 +1104,15 @@ struct ExchangeWarp {
 
   // Leaves the pivots of group i.
   __device__ void set_pivots(int i, const Sample<T>& s) const {
-    const A u = widen(s.of[0]), v = widen(s.of[1]), w = widen(s.of[2]);
-    const A median = max(min(u, v), min(max(u, v), w));
-    // Divided before the sum, which could overflow.
-    const A mean = warp_sum(median * (A(unit_channels) / 32), unit_channels);
+    A own = 0;
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) {
+      const A u = widen(s.of[r]), v = widen(s.of[(r + 1) % kRuns]),
+              w = widen(s.of[(r + 2) % kRuns]);
+      const A median = max(min(u, v), min(max(u, v), w));
+      own += median * (A(unit_channels) / (32 * kRuns));  // divided first: a sum could overflow
+    }
+    const A mean = warp_sum(own, unit_channels);
     const A pivot = isfinite(mean) ? widen(round_to<T>(mean)) : A(0);
     if (leads) b.stage(i).pivot[channel] = pivot;
   }
@@ -1375,7 +1381,8 @@ constexpr int kMostPacked = 16;                     // channels of packed planes
 constexpr int kFewTeams = 8;                        // all numbers of teams up to this one
 constexpr int kLeastVectors = 2;                    // NHWC: of a pixel, whole sectors of 32 bytes
 constexpr int kRereadTeams = 2;                     // teams that may read vectors again
-constexpr int kMostTurns = 8;                       // blocks of a multiprocessor that are staggered
+constexpr int kMostChains = 2;            // that a thread adds up of vectors in shared memory
+constexpr int kMostTurns = 8;             // blocks of a multiprocessor that are staggered
 constexpr double kLeastStaggered = 11e6;  // bytes of x below which blocks are not staggered
 constexpr int64_t kEvalBytes = 28 << 10;  // of a block in eval mode, where none waits for another
 constexpr int kEvalVectors = 14;          // of its threads
@@ -1522,7 +1529,9 @@ struct Planner {
       // A block gets whole pieces of 256 bytes, 128 from sm_80 on.
       const int64_t left = multiprocessor_bytes / blocks / 256 * 256 - device.reserved_bytes -
                            with_places(p, workers, 0).shared_bytes;
-      const int64_t places = std::min<int64_t>(rest, left / place_bytes);
+      // No more than a few chains of additions: see kChain.
+      const int64_t most_places = call.training ? kMostChains * kChain : rest;
+      const int64_t places = std::min<int64_t>({rest, left / place_bytes, most_places});
       if (left < 0 || places < (rereads ? std::min(rest, kRing) : rest)) continue;
       // Vectors go to the blocks of a team in turn where those keep pace with each other; else each
       // has its own side by side.
