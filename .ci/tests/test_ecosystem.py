@@ -284,7 +284,11 @@ def replicas():
     first, second = (rand(target, count, 2, 4, 5, 7)[rank] for _ in range(2))
     for module in make(target):
         replica = nn.parallel.DistributedDataParallel(module)
-        (replica(first).square().sum() + replica(second).sum()).backward()
+        if type(module) is nn.BatchNorm2d:  # on a GPU it keeps buffers, which the next broadcast
+            replica(first).square().sum().backward()  # changes: one backward a forward, the sum
+            replica(second).sum().backward()
+        else:
+            (replica(first).square().sum() + replica(second).sum()).backward()
         found.append([*(p.grad for p in module.parameters()), *module.buffers()])
     NUMBERS(*found)
     print(found[0][0].sum().item())
