@@ -373,16 +373,19 @@ def judge_buffers(ours, theirs, before, oracle: Oracle, x: torch.Tensor, torch_r
 
 def check_backward(ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> None:
     """Holds the gradients of x, gamma and beta to those of nn.BatchNorm2d in float64."""
-    dy, gradients = torch.randn_like(x) / 16, []  # small: their sums must fit into float16
-    for model, dtype in ((ours, x.dtype), (theirs, x.dtype), (copy.deepcopy(theirs).double(), F64)):
-        leaf = x.to(dtype, copy=True).requires_grad_()
-        with torch.backends.cudnn.flags(enabled=False):  # ours calls PyTorch's own, not cuDNN's
-            wanted = [leaf, *model.parameters()]
-            gradients.append(torch.autograd.grad(model(leaf), wanted, dy.to(dtype)))
-    for name, got, torchs, want in zip(("dx", "dgamma", "dbeta"), *gradients):
-        assert got.dtype == torchs.dtype, f"{name}: {torchs.dtype} expected, got {got.dtype}"
-        unit = want.abs().max().expand_as(want)
-        judge(name, got, torchs, want, unit, own_error=4.0 * (x.dtype == F64))
+    models = (ours, x.dtype), (theirs, x.dtype), (copy.deepcopy(theirs).double(), F64)
+    dy = torch.randn_like(x) / 16  # small: their sums must fit into float16
+    for cudnn in (True, False):  # ours takes cuDNN's backward where PyTorch's layer would
+        gradients = []
+        for model, dtype in models:
+            leaf = x.to(dtype, copy=True).requires_grad_()
+            with torch.backends.cudnn.flags(enabled=cudnn):
+                wanted = [leaf, *model.parameters()]
+                gradients.append(torch.autograd.grad(model(leaf), wanted, dy.to(dtype)))
+        for name, got, torchs, want in zip(("dx", "dgamma", "dbeta"), *gradients):
+            assert got.dtype == torchs.dtype, f"{name}: {torchs.dtype} expected, got {got.dtype}"
+            unit = want.abs().max().expand_as(want)
+            judge(name, got, torchs, want, unit, own_error=4.0 * (x.dtype == F64))
 
 
 def load_on_gpu(text: str) -> Target:

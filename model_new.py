@@ -3,25 +3,29 @@
     y = gamma · (x − mean) / √(var + eps) + beta     mean, biased var: per channel, over N, H and W
 
 x (NCHW or channels-last) is read from memory once and y is written once, as a copy would do: a
-team of blocks keeps a group of channels on the chip from the sums to the store.
+team of blocks keeps a group of channels on the chip from the sums to the store. (Of a group that
+the chip does not hold, a part is read twice.)
 
     worker warps                                        exchange warps
       load the first groups
       for each group i of this team:                      for each group i:
-        sum group i + lag ── partial sums, "summed" ──────► wait for the block's sums of i
-                                                            the team's: nothing | messages in a
-                                                            cluster | slots in memory
+        sum group i + stages − 1 ── sums, "summed" ───────► wait for the block's sums of i
+                                                            and, of a larger team, for the others'
         wait for the result of i ◄───────── "ready" ─────── mean, inv_std, result
         store group i, and refill each of its               running buffers
         places with group i + stages                        pivots of a group to come
 
-Each thread owns vectors of its block's share, in places of its own: the first rows in registers,
-the next in shared memory. Where there are more, the last ones go through a ring of places, and are
-read again for the store. Places are private, so no barrier guards them. Where one group alone is
-under way, L2 is asked for part of the next before the exchange.
-A group is one channel; or the few whose odd planes are whole vectors together; or, channels-last,
-neighbouring channels, each element of a vector another one. make_plan() in the CUDA text chooses
-the group, the team, and how many rows and groups under way a block has, from shape and device.
+group     neighbouring channels that a block works on: one; several small planes that are whole
+          vectors together; or, channels-last, those of a part of each pixel
+team      blocks that share a group: one, or co-resident blocks of a cooperative launch
+share     a block's part of a group; each thread owns vectors of it: the first ones in registers,
+          the next in shared memory; the last ones, if there are more, are read again for the store
+stage     groups in flight in a block: one is stored while the sums of the others travel
+exchange  from the block's sums to the team's mean and variance, by warps of their own
+
+A thread's vectors are its own, so no barrier guards them. To change what is computed for an
+element, see Group::sum and Group::store; what an x is cut into, Planner::choose and cost; the order
+of loads, sums and stores, fused_batch_norm_forward_kernel; what PyTorch sees, the C++ text.
 """
 
 import contextlib
@@ -97,7 +101,7 @@ constexpr int kMaxThreads = 1024;  // of a block
 constexpr int kMaxStages = 3;      // groups in flight in a block
 constexpr int kUnitChannels = 8;   // channels of an exchange warp, more where kMaxUnits bounds it
 constexpr int kMaxUnits = 4;       // exchange warps of a block with one stage
-constexpr int kRing = 4;           // places of a thread through which reread vectors pass
+constexpr int kRing = 4;           // places of a thread through which reread vectors go
 // A thread adds at most about so many vectors to one sum: values of few digits, such as 16-bit
 // ones, are each rounded like the one before, so that the errors of a longer chain add up.
 constexpr int kChain = 32;
@@ -485,24 +489,17 @@ __device__ Sums<A> warp_sum(const Sums<A>& own, int lowest = 1) {
   return {warp_sum(own.s1, lowest), warp_sum(own.s2, lowest)};
 }
 
-// One arrival for a warp whose lanes all call: one each would pass the barrier one after the other,
-// which takes 100 cycles a warp. __syncwarp orders what the other lanes have done before it.
-__device__ void mbarrier_arrive_warp(Mbarrier* b) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) mbarrier_arrive(b);
-}
-
 // -------------------------------------------------------------------------------------------------
 // The block: what its warps share
 // -------------------------------------------------------------------------------------------------
-// | what         | written by                | read by                | visible through             |
-// | places       | a worker's loads          | the same worker        | cp_async_wait_group         |
-// | partial sums | workers, in sum(i)        | exchange warps         | `summed` of group i         |
-// | result       | exchange warps            | workers, in store(i)   | `ready` of group i          |
-// | pivots       | exchange warps            | workers, in sum(i)     | `ready` of group i − stages |
-// | slots        | exchange warps of a block | those of the team      | nothing: a slot tells itself|
-// | counter      | exchange warps of a block | those of the team      | nothing: it only saves polls|
-// | factor       | thread 0                  | exchange warps         | the first __syncthreads     |
+// | what         | written by                | read by                | visible through
+// | places       | a worker's loads          | the same worker        | cp_async_wait_group
+// | partial sums | workers, in sum(i)        | exchange warps         | `summed` of group i
+// | result       | exchange warps            | workers, in store(i)   | `ready` of group i
+// | pivots       | exchange warps            | workers, in sum(i)     | `ready` of group i − stages
+// | slots        | exchange warps of a block | those of the team      | nothing: a slot tells
+// | counter      | exchange warps of a block | those of the team      | nothing: it saves polls
+// | factor       | thread 0                  | exchange warps         | the first __syncthreads
 //
 // Overwritten: a place after its thread has stored it. A stage's partial sums in sum(i + stages),
 // which comes after store(i), which waited for `ready`, on which exchange warps arrive after they
@@ -688,7 +685,8 @@ struct Group {
       if (is_inside_x(vector(o, c))) return e;
       const int64_t first = int64_t(vector(o, c)) * kSize - a.misalignment;  // element of x
       e.begin = int(max(int64_t(e.begin), -first));
-      e.end = int(min(int64_t(e.end), a.N * a.C * a.HW - first));
+      // (Pixels past the last one of x may be more than 2³¹ elements away.)
+      e.end = int(max(min(int64_t(e.end), a.N * a.C * a.HW - first), int64_t(0)));
     }
     return e;
   }
@@ -795,7 +793,7 @@ struct Group {
 // Worker warps: each thread loads, sums and stores vectors of its own
 // -------------------------------------------------------------------------------------------------
 // The first of a thread's vectors are in registers, the next ones in places in shared memory. Where
-// there are more, the last ones pass through kRing of the places, forwards for the sums, backwards
+// there are more, the last ones go through kRing of the places, forwards for the sums, backwards
 // for the store: those are read twice. All places are private, so no barrier guards them.
 template <typename T, Layout kLayout, bool kDeep>
 struct Worker {
@@ -916,7 +914,7 @@ struct Worker {
       }
       cp_async_commit_group();
     }
-    mbarrier_arrive_warp(stage.summed);
+    mbarrier_arrive(stage.summed);  // by all lanes: each vouches for what it has read and written
   }
 
   // Hands this thread's sums to the exchange warps; `accumulate`: adds them to those it has handed
@@ -1222,7 +1220,7 @@ struct ExchangeWarp {
         own.scale[channel] = A(scale);
         own.shift[channel] = A(of.beta - (mean - A(mean)) * scale);
       }
-      mbarrier_arrive_warp(own.ready);
+      mbarrier_arrive(own.ready);
       if (a.training && b.rank == 0 && leads) save(channel_in_x(i), of, mean, m2, inv_std);
       prepare_pivots(i + 2 * stages);
       of = load_channel(i + stages);
@@ -1303,8 +1301,8 @@ __global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kDeep, kExt
       if (threadIdx.x == 0) {
 #pragma unroll 1
         for (int stage = 0; stage < stages; ++stage) {
-          mbarrier_init(&b.head.barriers[stage].summed, blockDim.x / 32 - a.exchange_warps);
-          mbarrier_init(&b.head.barriers[stage].ready, a.units);
+          mbarrier_init(&b.head.barriers[stage].summed, blockDim.x - 32 * a.exchange_warps);
+          mbarrier_init(&b.head.barriers[stage].ready, 32 * a.units);
         }
       }
       __syncthreads();  // shows the barriers, the factor and the first pivots
@@ -1353,22 +1351,22 @@ struct Device {
   }
 };
 
-// What a plan takes. All but the last are fitted to 41,000 timed plans of 339 shapes on an H200, as
-// check.py --nets --regret times them.
-constexpr double kBytes = 46570;        // bytes a µs that memory moves for one multiprocessor
-constexpr double kVector = .0948;       // µs to sum and store one vector of each thread
-constexpr double kMaskedVector = .29;   // µs for that where not all elements of a vector count
-constexpr double kWarp = .0445;         // µs for each worker warp of a multiprocessor, a round
-constexpr double kExposed = 1.7;        // of a round's work, what nothing hides at the end
-constexpr double kExchange = 3.4;       // µs from a block's last vector to its first store
-constexpr double kHop = 1.03;           // µs more for each time that blocks read others' sums
-constexpr double kPartial = .0588;      // µs more for each partial sum that a lane adds
-constexpr double kGridLaunch = 1.52;    // µs more for a cooperative launch
-constexpr double kStaggered = .7;       // of an exchange, what staggered blocks do not hide
-constexpr double kBusiest = .26;        // weight of the busiest multiprocessor's bytes
-constexpr double kSplitLine = .184;     // weight of bytes in cache lines that groups share
-constexpr double kReread = 1.1;         // weight of bytes read again that L2 does not hold
-constexpr double kLastWave = .35;       // weight of the last wave's idle part
+// What a plan takes: fitted to 41,000 plans of 339 shapes, timed on an H200 (by --nets --regret of
+// check.py).
+constexpr double kBytes = 43690;        // bytes a µs that memory moves for one multiprocessor
+constexpr double kVector = .0876;       // µs to sum and store one vector of each thread
+constexpr double kMaskedVector = .289;  // µs for that where not all elements of a vector may count
+constexpr double kWarp = .0393;         // µs for each worker warp of a multiprocessor, a round
+constexpr double kExposed = 1.58;       // of a round's work, what nothing hides at the end
+constexpr double kExchange = 3.68;      // µs from a block's last vector to its first store
+constexpr double kHop = .93;            // µs more for each time that blocks read others' sums
+constexpr double kPartial = .0575;      // µs more for each partial sum that a lane adds
+constexpr double kGridLaunch = 1.65;    // µs more for a cooperative launch
+constexpr double kStaggered = .694;     // of an exchange, what staggered blocks do not hide
+constexpr double kLockstep = .33;    // of NCHW's memory time, more where all load, then all store
+constexpr double kBusiest = .604;    // weight of the busiest multiprocessor's bytes
+constexpr double kSplitLine = .151;  // weight of bytes in cache lines that groups share
+constexpr double kReread = 1.14;     // weight of bytes read again that L2 does not hold
 constexpr int64_t kBytesPerCycle = 16;  // that a multiprocessor reads while all others do
 // What is tried. Little else was ever the fastest.
 constexpr int kVectorsOfBlocks[] = {1, 2, 3, 4, 6, 8, 11, 14, 18, 24};  // of a thread, no team
@@ -1474,7 +1472,7 @@ struct Planner {
     return p;
   }
 
-  // The plan with so many workers that have so many vectors in shared memory; where things lie there.
+  // The plan with so many workers, each with so many vectors in shared memory; where things lie.
   Plan with_places(Plan p, int workers, int smem_vectors) const {
     const int stages = p.stages.divisor;
     p.workers = workers;
@@ -1536,8 +1534,8 @@ struct Planner {
     return {};
   }
 
-  // The same with blocks of a multiprocessor that start one after the other. If more blocks than are
-  // co-resident follow later, no block more may be than in turns.
+  // The same with blocks of a multiprocessor that start one after the other. If more follow
+  // later than are co-resident, no block more may be than in turns.
   std::optional<Plan> staggered(const std::optional<Plan>& of) const {
     const double x_bytes = part * multiprocessors;
     if (!of || x_bytes < kLeastStaggered || resident(*of) < 2 || resident(*of) > kMostTurns ||
@@ -1604,8 +1602,9 @@ struct Planner {
     const double wait = exchange(p), busy = std::hypot(memory, work);
     const double others = p.rounds > 1 ? 1 : at_once;  // blocks in other phases
     const double round = std::hypot(busy, (busy / others + wait) / p.stages.divisor);
-    return kGridLaunch * p.cooperative + (p.stagger_turns > 0 ? kStaggered : 1) * wait + memory +
-           kExposed * work + (rounds - 1 + kLastWave * (std::ceil(rounds) - rounds)) * round;
+    const bool lockstep = p.cooperative && rounds <= 1 && !is_nhwc(p.layout);
+    return kGridLaunch * p.cooperative + (p.stagger_turns > 0 ? kStaggered : 1) * wait +
+           (lockstep ? 1 + kLockstep : 1) * memory + kExposed * work + (rounds - 1) * round;
   }
 
   void consider(const std::optional<Plan>& p) {
@@ -1809,6 +1808,8 @@ FUSED_BATCH_NORM_CPP = r"""
 #define AT_PER_OPERATOR_HEADERS  // or each header below brings all of ATen, which takes seconds
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/batch_norm_backward.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/native_batch_norm_backward.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
@@ -2140,9 +2141,22 @@ struct FusedBatchNormBackward final : Node {
     const bool ones = !gamma.defined() && needed(2);
     const Tensor scale = ones ? x.new_ones_symint({x.sym_size(1)}, per_channel) : gamma;
     const MemoryFormat format = format_of(x);
-    auto [grad_x, grad_gamma, grad_beta] = at::native_batch_norm_backward(
-        in_format(grads[0], format), in_format(x, format), widen(scale), widen(running_mean),
-        widen(running_var), mean, inv_std, training, eps, {needed(0), needed(1), needed(2)});
+    const Tensor x_dense = in_format(x, format), grad = in_format(grads[0], format);
+    const std::array<bool, 3> mask{needed(0), needed(1), needed(2)};
+    // The backward that PyTorch's own layer takes, by PyTorch's own choice: cuDNN's where it can,
+    // since the native one has one block a channel for NCHW. cuDNN's wants aligned memory, and
+    // nothing more of the forward. Where x is traced, without memory, both decompose alike.
+    const auto is_aligned = [](const Tensor& t) {
+      return t.has_storage() && !t.is_meta() && !t.key_set().has(c10::DispatchKey::Python) &&
+             uintptr_t(t.const_data_ptr()) % kVectorBytes == 0;
+    };
+    const bool chooses = training && scale.defined() && is_aligned(x_dense) && is_aligned(grad);
+    auto [grad_x, grad_gamma, grad_beta] =
+        chooses ? at::batch_norm_backward(grad, x_dense, widen(scale), {}, {}, mean, inv_std, true,
+                                          eps, mask, at::empty({0}, x.options().dtype(at::kByte)))
+                : at::native_batch_norm_backward(grad, x_dense, widen(scale), widen(running_mean),
+                                                 widen(running_var), mean, inv_std, training, eps,
+                                                 mask);
     const auto narrow = [&](const Tensor& p) { return p.defined() ? p.to(affine_type) : p; };
     return {grad_x, narrow(grad_gamma), narrow(grad_beta)};
   }

@@ -215,14 +215,15 @@ def load_host(source, *, build_dir=None):
     return ctypes.CDLL(str(_make(directory, "host.so", key, command, source)))
 
 
-def set_device(multiprocessors=3, shared_bytes=16 * 1024, capability=(9, 0), granted=None):
+def set_device(multiprocessors=3, shared_bytes=16 * 1024, capability=(9, 0), usable=None):
     """The pretended device. shared_bytes: of one block, up to 256 KB; an SM has 1 KB more.
 
-    granted: of the multiprocessors, those that launches may use, as in a green context.
+    usable: multiprocessors that launches get, if fewer than the device says that it has.
     """
     major, minor = capability
-    granted = multiprocessors if granted is None else granted
-    _runtime.emulator_set_device(multiprocessors, shared_bytes, 10 * major + minor, granted)
+    _runtime.emulator_set_device(
+        multiprocessors, shared_bytes, 10 * major + minor, usable or multiprocessors
+    )
 
 
 def set_schedule(seed, policy=None):

@@ -24,7 +24,7 @@ class Device:
     multiprocessors: int
     shared_bytes: int  # that one block may have
     capability: tuple[int, int]
-    granted: int | None = None  # multiprocessors that launches may use, if fewer
+    usable: int | None = None  # multiprocessors that launches may use, if fewer
 
     def __str__(self):
         major, minor = self.capability
@@ -451,7 +451,7 @@ def random_case(seed: int, gpu: Device | None = None) -> tuple[Case, Device]:
         N = max(2, int(min(share_bytes * device.multiprocessors / dtype.itemsize, most_elems)))
         N = max(2, N // (C * H * W) if r.random() < 0.8 else 2)
     if not gpu and r.random() < 0.05:
-        device = replace(device, granted=r.randint(1, device.multiprocessors))
+        device = replace(device, usable=r.randint(1, device.multiprocessors))
     if r.random() < 0.01:
         N, data, layout = 0, "uniform", "contiguous"
     case = Case(

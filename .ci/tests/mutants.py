@@ -492,7 +492,7 @@ MUTANTS = [
         "out of bounds",
         (
             "Group::elements",
-            "e.end = int(min(int64_t(e.end), a.N * a.C * a.HW - first));",
+            "e.end = int(max(min(int64_t(e.end), a.N * a.C * a.HW - first), int64_t(0)));",
             "",
         ),
     ),
@@ -1094,12 +1094,12 @@ MUTANTS = [
     ),
     # ---- from the workers to the exchange warps, and back
     (
-        "one lane arrives before its warp has read and written",
-        "data race",
+        "one lane arrives for its warp",
+        "deadlock",
         (
-            "mbarrier_arrive_warp",
-            "__syncwarp();",
-            "",
+            "Worker::sum",
+            "mbarrier_arrive(stage.summed);",
+            "if (b.lane == 0) mbarrier_arrive(stage.summed);",
         ),
     ),
     (
@@ -1107,13 +1107,13 @@ MUTANTS = [
         "data race",
         (
             "Worker::sum",
-            "mbarrier_arrive_warp(stage.summed);",
+            "mbarrier_arrive(stage.summed);",
             "",
         ),
         (
             "Worker::sum",
             "Cursor ahead =",
-            "mbarrier_arrive_warp(stage.summed); Cursor ahead =",
+            "mbarrier_arrive(stage.summed); Cursor ahead =",
         ),
     ),
     (
@@ -1148,8 +1148,8 @@ MUTANTS = [
         "data race",
         (
             "fused_batch_norm_forward_kernel",
-            "blockDim.x / 32 - a.exchange_warps",
-            "blockDim.x / 32 - a.exchange_warps - 1 + (blockDim.x / 32 - a.exchange_warps < 2)",
+            "blockDim.x - 32 * a.exchange_warps",
+            "blockDim.x - 32 * a.exchange_warps - 32 * (blockDim.x >= 32 * a.exchange_warps + 64)",
         ),
     ),
     (
@@ -1157,8 +1157,8 @@ MUTANTS = [
         "unwritten",
         (
             "fused_batch_norm_forward_kernel",
-            "stage].ready, a.units",
-            "stage].ready, 1",
+            "stage].ready, 32 * a.units",
+            "stage].ready, 32",
         ),
     ),
     (
@@ -1202,13 +1202,13 @@ MUTANTS = [
         "data race",
         (
             "ExchangeWarp::exchange",
-            "mbarrier_arrive_warp(own.ready);",
+            "mbarrier_arrive(own.ready);",
             "",
         ),
         (
             "ExchangeWarp::exchange",
             "if (leads) { own.mean",
-            "mbarrier_arrive_warp(own.ready); if (leads) { own.mean",
+            "mbarrier_arrive(own.ready); if (leads) { own.mean",
         ),
     ),
     (

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import check
 
-PATHS = [str(Path(__file__).parent), str(check.ROOT), os.environ.get("PYTHONPATH", "")]
+PATHS = [str(Path(__file__).parent), str(check.ROOT), str(check.ROOT / ".ci")]
+PATHS += [os.environ.get("PYTHONPATH", "")]
 
 
 def in_new_python(scene, *, under: tuple[str, ...] = (), **environment: str) -> str:

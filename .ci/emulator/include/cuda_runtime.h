@@ -117,18 +117,11 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-// What a host function returns: kept until cudaGetLastError asks for it.
-inline cudaError_t kept(int error) {
-  if (error) emulator::last_error = error;
-  return cudaError_t(error);
-}
-inline cudaError_t cudaGetLastError() {
-  return cudaError_t(std::exchange(emulator::last_error, cudaSuccess));
-}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  return kept(emulator::attribute(which, value));
+  return cudaError_t(emulator::keep_error(emulator::attribute(which, value)));
 }
+inline cudaError_t cudaGetLastError() { return cudaError_t(emulator::take_error()); }
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
@@ -149,7 +142,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
-  return kept(emulator::set_shared_limit(reinterpret_cast<const void*>(kernel), value));
+  return cudaError_t(emulator::keep_error(
+      emulator::set_shared_limit(reinterpret_cast<const void*>(kernel), value)));
 }
 
 // The kernel's parameters are copied for each thread, as each GPU thread has its own.
@@ -172,6 +166,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     supported = supported && attribute.id == cudaLaunchAttributeCooperative;
     launch.cooperative = attribute.val.cooperative;
   }
-  if (!supported) return kept(cudaErrorNotSupported);
-  return kept(emulator::launch(launch, run, &call, sizeof call));
+  return cudaError_t(emulator::keep_error(
+      supported ? emulator::launch(launch, run, &call, sizeof call) : cudaErrorNotSupported));
 }

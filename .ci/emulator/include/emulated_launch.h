@@ -4,9 +4,6 @@
 #pragma once
 #undef fused_batch_norm_launch
 #include <algorithm>
-#include <utility>
-
-#include "emulator.h"
 
 namespace emulator {
 void poison(void* address, size_t bytes);
@@ -49,8 +46,6 @@ const char* emulated_launch(const FusedBatchNormCall* call, void* (*allocate)(si
   output(call->inv_std, saved, "inv_std");
   const char* error = fused_batch_norm_launch(call, allocate, context, stream);
   const char* found = emulator_end();
-  if (std::exchange(emulator::last_error, 0) && !*found)
-    found = "emulator: host: a refused launch leaves its error to whoever asks for the last one";
   return *found ? found : error;
 }
 }

@@ -18,8 +18,6 @@ struct dim3 {
 
 namespace emulator {
 
-inline thread_local int last_error = 0;  // of a refused call, until somebody asks for it
-
 __attribute__((const)) unsigned char* shared_memory();  // the block's dynamic shared memory
 __attribute__((const)) unsigned lane();
 
@@ -62,5 +60,7 @@ int launch(const Launch& launch, void (*body)(const void* arguments), const void
 int attribute(int which, int* value);
 int set_shared_limit(const void* kernel, int bytes);
 int capability();
+int keep_error(int error);  // as the last one, unless it is 0; returns it
+int take_error();           // the last one, which is then none
 
 }  // namespace emulator

@@ -122,7 +122,7 @@ struct RelaxedStore {  // done, but not yet seen by those whom nothing has told
 
 struct Device {
   int multiprocessors = 3, shared_bytes = 16 * 1024, capability = 90;
-  int granted = 3;  // of them, those that launches may use, as in a green context
+  int usable = 3;  // multiprocessors that launches get: a green context, say, has a part of them
 };
 
 struct Random {  // splitmix64

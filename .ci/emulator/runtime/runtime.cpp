@@ -8,6 +8,7 @@
 #include <cstring>
 #include <fstream>
 #include <map>
+#include <utility>
 
 #include "machine.h"
 
@@ -97,6 +98,7 @@ static std::vector<unsigned> block_order;
 static void* host_stack_pointer;
 static std::string error;  // of the first detector that fired since it was last taken
 static std::map<const void*, int> shared_limits;
+static int last_error;  // that the runtime keeps for cudaGetLastError
 
 // ---- who runs next
 
@@ -548,7 +550,7 @@ static unsigned resident_blocks(const Launch& launch) {
   const unsigned bytes = unsigned(launch.shared_bytes + 127) / 128 * 128 + reserved_bytes(),
                  warps = (launch.threads + 31) / 32;
   const unsigned by_shared = unsigned(device.shared_bytes + reserved_bytes()) / std::max(bytes, 1u);
-  return unsigned(device.granted) * std::max(1u, std::min(by_shared, 36 / warps));
+  return unsigned(device.usable) * std::max(1u, std::min(by_shared, 36 / warps));
 }
 
 int launch(const Launch& launch, void (*launch_body)(const void*), const void* arguments,
@@ -562,7 +564,7 @@ int launch(const Launch& launch, void (*launch_body)(const void*), const void* a
     return 1;
   unsigned resident = resident_blocks(launch);
   if (launch.cooperative && launch.blocks > resident) {
-    if (device.granted == device.multiprocessors)
+    if (device.usable == device.multiprocessors)
       record("host",
              "a cooperative launch of " + std::to_string(launch.blocks) + " blocks, room for " +
                  std::to_string(resident) + " on the device as it says it is",
@@ -658,6 +660,9 @@ int set_shared_limit(const void* kernel, int bytes) {
 
 int capability() { return machine.device.capability; }
 
+int keep_error(int error) { return error ? last_error = error : 0; }
+int take_error() { return std::exchange(last_error, 0); }
+
 // ---- what emulate.py calls, through ctypes
 
 static bool in_call;
@@ -697,8 +702,8 @@ static std::string with_lines(std::string text) {
 }
 
 extern "C" {
-void emulator_set_device(int multiprocessors, int shared_bytes, int capability, int granted) {
-  machine.device = {multiprocessors, shared_bytes, capability, granted};
+void emulator_set_device(int multiprocessors, int shared_bytes, int capability, int usable) {
+  machine.device = {multiprocessors, shared_bytes, capability, usable};
   shared_limits.clear();
 }
 
@@ -738,6 +743,9 @@ void emulator_conceal(uintptr_t address) {
 const char* emulator_end() {
   in_call = false;
   ranges().clear();
+  if (take_error())
+    record("host", "the launch leaves an error, which a later call of someone else would raise",
+           nullptr);
   error = with_lines(error);
   return error.c_str();
 }
