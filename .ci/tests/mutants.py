@@ -915,15 +915,6 @@ MUTANTS = [
         ),
     ),
     (
-        "fewer turns for some lanes of a warp",
-        "values",
-        (
-            "Worker::sum",
-            "rereads ? a.vectors_per_thread - a.reg_vectors - a.smem_vectors + kRing : 0",
-            "ring_vectors",
-        ),
-    ),
-    (
         "the ring's vectors as if none were in registers",
         "values",
         (
