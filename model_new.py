@@ -1381,8 +1381,7 @@ constexpr int kMostPacked = 16;                     // channels of packed planes
 constexpr int kFewTeams = 8;                        // all numbers of teams up to this one
 constexpr int kLeastVectors = 2;                    // NHWC: of a pixel, whole sectors of 32 bytes
 constexpr int kRereadTeams = 2;                     // teams that may read vectors again
-constexpr int kMostChains = 2;            // that a thread adds up of vectors in shared memory
-constexpr int kMostTurns = 8;             // blocks of a multiprocessor that are staggered
+constexpr int kMostTurns = 8;                       // blocks of a multiprocessor that are staggered
 constexpr double kLeastStaggered = 11e6;  // bytes of x below which blocks are not staggered
 constexpr int64_t kEvalBytes = 28 << 10;  // of a block in eval mode, where none waits for another
 constexpr int kEvalVectors = 14;          // of its threads
@@ -1512,7 +1511,8 @@ struct Planner {
     const int team = p.team.divisor, stages = p.stages.divisor, share = ceil_div(p.vectors, team);
     const int resident = resident_threads(p.layout, size, deep, extra) / blocks;
     const int most = std::min(resident / 32 * 32, kMaxThreads) - 32 * p.exchange_warps;
-    const bool rereads = p.teams <= kRereadTeams && stages == 1 && can_reread(p.layout, deep);
+    const bool rereads =
+        call.training && p.teams <= kRereadTeams && stages == 1 && can_reread(p.layout, deep);
     p.deep = deep;
     workers = std::min(std::max(workers, unit(p)), most) / unit(p) * unit(p);
     if (workers <= 0 || p.unit_bits > 5) return {};  // an exchange warp has 32 lanes
@@ -1529,8 +1529,7 @@ struct Planner {
       // A block gets whole pieces of 256 bytes, 128 from sm_80 on.
       const int64_t left = multiprocessor_bytes / blocks / 256 * 256 - device.reserved_bytes -
                            with_places(p, workers, 0).shared_bytes;
-      // No more than a few chains of additions: see kChain.
-      const int64_t most_places = call.training ? kMostChains * kChain : rest;
+      const int64_t most_places = call.training ? kChain : rest;  // they are summed in one chain
       const int64_t places = std::min<int64_t>({rest, left / place_bytes, most_places});
       if (left < 0 || places < (rereads ? std::min(rest, kRing) : rest)) continue;
       // Vectors go to the blocks of a team in turn where those keep pace with each other; else each

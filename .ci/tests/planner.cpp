@@ -149,8 +149,8 @@ std::vector<std::string> broken(const FusedBatchNormCall& call, const Device& de
   hold(p.reg_vectors <= register_vectors(p.layout, size, p.deep, extra) &&
            (stages == 1 || p.reg_vectors == 0),
        "registers hold one group, of so many vectors");
-  hold(places == p.vectors_per_thread ||
-           (stages == 1 && can_reread(p.layout, p.deep) && p.smem_vectors >= kRing),
+  hold(places == p.vectors_per_thread || (call.training && stages == 1 &&
+                                          can_reread(p.layout, p.deep) && p.smem_vectors >= kRing),
        "what is read again passes through a ring");
   hold(!p.deep || (p.layout == kNchw && size > 2), "such a kernel is there");
 
