@@ -1649,9 +1649,9 @@ struct Planner {
         const double vector = is_masked(group.layout) ? kMaskedVector : kVector;
         const double warps = std::sqrt(vector * group.vectors * blocks / (32 * kWarp * team));
         const int workers = int(32 / blocks * std::clamp(warps, kLeastWarps, kMostWarps));
-        // NCHW has one group in flight where it is the only one, or read again.
-        const bool one = teams >= groups || is_nhwc(group.layout) || teams <= kRereadTeams;
-        for (int stages = one ? 1 : 2; stages <= std::min(rounds, kMaxStages); ++stages)
+        // A single group in flight is tried for NCHW where it is the only one, or read again.
+        const bool single = teams >= groups || is_nhwc(group.layout) || teams <= kRereadTeams;
+        for (int stages = single ? 1 : 2; stages <= std::min(rounds, kMaxStages); ++stages)
           consider(
               with_workers(with_team(group, cooperative, team, teams, stages), workers, blocks));
         if (group.layout == kNchw && size > 2 && blocks == 1 && teams <= kRereadTeams)
@@ -1676,7 +1676,7 @@ struct Planner {
 
   Plan choose() {
     if (call.channels_last && call.C > 0) {
-      // Groups that divide C: of half a line in whole sectors, or of a line or more.
+      // Groups that divide C, in whole sectors of L2 or of a line or more; else any, in vectors.
       const int line = kLineBytes * size / kVectorBytes, vectors = ceil_div(call.C, size);
       if (!call.training) return *eval(nhwc(call, size, line));
       for (int v = std::min(kLeastVectors, vectors); v <= vectors && v * size <= 32 * kMaxUnits;
@@ -1704,7 +1704,7 @@ struct Planner {
   }
 };
 
-// Plans are kept: a net asks for the same ones again and again.
+// A thread's plans are kept: a net asks for the same ones again and again.
 Plan& make_plan(const FusedBatchNormCall& call, const Device& device, int size,
                 int accumulator_bytes) {
   static thread_local std::map<std::array<int64_t, 11>, Plan> plans;
