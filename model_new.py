@@ -1054,13 +1054,14 @@ __device__ Sums<A> gather(const SumSlot<A>* slots, int count, int stride, int pa
 }
 
 // The pivot of a channel is a mean of some of its elements, so that (pivot − mean)² is a fraction
-// of var and nothing cancels. Each lane gives the medians of any three of four, so that neither an
-// outlier nor a run of them moves the pivot away from all others. The lanes' elements lie side by
-// side, in four runs: apart, each would be a request of its own, for which small channels have no
-// time. The pivot is rounded to T: then d = x − pivot has few digits, and most sums are exact.
-constexpr int kRuns = 4;
-template <typename T>
+// of var and nothing cancels. Each lane gives the medians of any three neighbours in a ring of its
+// elements, so that neither an outlier nor a run of them moves the pivot away from all others. The
+// lanes' elements lie side by side, in runs: apart, each would be a request of its own, for which
+// small channels have no time. Of NHWC there are more, since as little as one lane has a channel.
+// The pivot is rounded to T: then d = x − pivot has few digits, and most sums are exact.
+template <typename T, Layout kLayout>
 struct Sample {
+  static constexpr int kRuns = is_nhwc(kLayout) ? 8 : 4;
   T of[kRuns];
 };
 
@@ -1069,6 +1070,7 @@ struct Sample {
 template <typename T, Layout kLayout>
 struct ExchangeWarp {
   using A = Accumulator<T>;
+  static constexpr int kRuns = Sample<T, kLayout>::kRuns;
   const Block<T>& b;
   const Arguments& a = b.a;
   // The stage whose groups this warp takes; its unit of the group.
@@ -1086,10 +1088,10 @@ struct ExchangeWarp {
   __device__ bool samples(int i) const { return a.training && i < b.groups; }
 
   // Loads the sample of group i. (A lane without a channel reads another's.)
-  __device__ Sample<T> sample(int i) const {
+  __device__ Sample<T, kLayout> sample(int i) const {
     const int64_t c = min(channel_in_x(i), int(a.C) - 1);
     const bool apart = a.HW < parts;  // planes are shorter than a run
-    Sample<T> s;
+    Sample<T, kLayout> s;
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
       const unsigned seed = apart ? kRuns * part + run : run;
@@ -1103,16 +1105,21 @@ struct ExchangeWarp {
   }
 
   // Leaves the pivots of group i.
-  __device__ void set_pivots(int i, const Sample<T>& s) const {
-    A own = 0;
+  __device__ void set_pivots(int i, const Sample<T, kLayout>& s) const {
+    A median[kRuns];
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
       const A u = widen(s.of[r]), v = widen(s.of[(r + 1) % kRuns]),
               w = widen(s.of[(r + 2) % kRuns]);
-      const A median = max(min(u, v), min(max(u, v), w));
-      own += median * (A(unit_channels) / (32 * kRuns));  // divided first: a sum could overflow
+      median[r] = max(min(u, v), min(max(u, v), w));
+      median[r] *= A(unit_channels) / (32 * kRuns);  // divided first: a sum could overflow
     }
-    const A mean = warp_sum(own, unit_channels);
+    // In pairs: so a mean of equal numbers is that number, and d is 0 in a constant channel.
+#pragma unroll
+    for (int half = kRuns / 2; half > 0; half /= 2)
+#pragma unroll
+      for (int r = 0; r < half; ++r) median[r] += median[r + half];
+    const A mean = warp_sum(median[0], unit_channels);
     const A pivot = isfinite(mean) ? widen(round_to<T>(mean)) : A(0);
     if (leads) b.stage(i).pivot[channel] = pivot;
   }
@@ -1263,7 +1270,7 @@ __global__ void __maxnreg__(max_registers(kLayout, Vector<T>::kSize, kDeep, kExt
   }
   const ExchangeWarp<T, kLayout> exchange_warp{b};
   const bool samples = !works && exchange_warp.samples(exchange_warp.stage);
-  Sample<T> sample;  // loaded before x itself takes all of the bandwidth
+  Sample<T, kLayout> sample;  // loaded before x itself takes all of the bandwidth
   if (samples) sample = exchange_warp.sample(exchange_warp.stage);
   const auto grid = cooperative_groups::this_grid();
   unsigned arrival = 0;
